@@ -1,0 +1,1 @@
+"""kpo: reinforcement learning of language models with verifiable rewards."""
