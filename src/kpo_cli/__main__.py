@@ -1,0 +1,3 @@
+from kpo_cli.cli import main
+
+main()

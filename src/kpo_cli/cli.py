@@ -1,0 +1,78 @@
+"""The command line. Typer finds the command; everything after it is Hydra's.
+
+Nothing here imports torch or Hydra at the top: `kpo --help` answers at once.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from kpo_cli.errors import UserError
+
+app = typer.Typer(
+    name="kpo",
+    help="Train language models with verifiable rewards, evaluate them, and see what the ratios do.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# Hydra parses its own options, --help included.
+HYDRA_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"kpo {version('kpo-cli')}")
+        raise typer.Exit
+
+
+@app.callback()
+def kpo(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings=HYDRA_ARGUMENTS, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train a policy: kpo train method=kpo [key=value ...]. See kpo train --help."""
+    from kpo_cli.hydra_app import run_with_hydra
+
+    run_with_hydra("train", _train, context.args)
+
+
+def _train(raw: dict) -> None:
+    from kpo_cli.training.main import run
+
+    run(raw)
+
+
+@app.command("eval", context_settings=HYDRA_ARGUMENTS, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Evaluate checkpoints on benchmarks (not built yet)."""
+    raise UserError("kpo eval is not built yet; kpo train evaluates on held-out problems as it goes")
+
+
+@app.command(context_settings=HYDRA_ARGUMENTS, add_help_option=False)
+def analyze(context: typer.Context) -> None:
+    """Statistics of recorded ratios (not built yet)."""
+    raise UserError("kpo analyze is not built yet; the records are in RUN/ratios (docs/run-directory.md)")
+
+
+def main() -> None:
+    """Entry point: a UserError becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"kpo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("kpo: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,31 @@
+"""Advantages from the rewards of a group."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class GroupAdvantages(NamedTuple):
+    advantages: Tensor
+    """(N,) float32, one a response."""
+    zero_variance: Tensor
+    """(N / group_size,) bool: groups whose rewards are all equal; their advantages are exactly 0."""
+
+
+def group_normalised(rewards: Tensor, group_size: int, epsilon: float = 1e-6) -> GroupAdvantages:
+    """A = (r - mean) / (std + epsilon) inside each group (GRPO, 2402.03300, section 4.1.2).
+
+    `rewards` (N,) holds whole groups, one after the other. The standard deviation is the sample one (n - 1), as in the
+    authors' code; `epsilon` 1e-6. A group without variance gets exactly 0, not rounding noise over epsilon.
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size={group_size} must be at least 2: an advantage is relative to the group")
+    if rewards.dim() != 1 or rewards.numel() % group_size:
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not make whole groups of {group_size}")
+    groups = rewards.to(torch.float64).view(-1, group_size)
+    zero_variance = (groups == groups[:, :1]).all(-1)
+    centred = groups - groups.mean(-1, keepdim=True)
+    advantages = centred / (groups.std(-1, keepdim=True) + epsilon)
+    advantages = torch.where(zero_variance[:, None], 0.0, advantages)
+    return GroupAdvantages(advantages.flatten().float(), zero_variance)

@@ -1,0 +1,63 @@
+"""Sums over tokens from which the ratio metrics are made.
+
+Metrics that are ratios of sums (a standard deviation, an effective sample size) cannot be averaged over
+micro-batches or ranks. So the sums are kept, added up, and turned into metrics once, at the end.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RatioSums:
+    """Sums over valid tokens, in float64, of the raw log-ratio z and of what the surrogate cut; they add up."""
+
+    tokens: float = 0.0
+    z: float = 0.0
+    z_squared: float = 0.0
+    k3: float = 0.0
+    ratio: float = 0.0
+    ratio_squared: float = 0.0
+    filtered_squared: float = 0.0
+    clip_active: float = 0.0
+    clip_outside: float = 0.0
+
+    @classmethod
+    def of(cls, z: Tensor, filtered: Tensor, active: Tensor, outside: Tensor, mask: Tensor) -> "RatioSums":
+        """All tensors (B, T); tokens outside `mask` are left out."""
+        z, filtered = z[mask].double(), filtered[mask].double()
+        # z as used here is log(pi_theta / pi_old); k3 of KL(pi_old || pi_theta) is r - 1 - z, which expm1 keeps
+        # exact below |z| = 1e-3, where float32 returns noise.
+        sums = torch.stack(
+            [
+                torch.ones_like(z).sum(),
+                z.sum(),
+                z.square().sum(),
+                (torch.expm1(z) - z).sum(),
+                z.exp().sum(),
+                (2 * z).exp().sum(),
+                filtered.square().sum(),
+                active[mask].double().sum(),
+                outside[mask].double().sum(),
+            ]
+        )
+        return cls(*sums.tolist())
+
+    def __add__(self, other: "RatioSums") -> "RatioSums":
+        return RatioSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of docs/metrics.md that describe ratios."""
+        n = self.tokens
+        variance = self.z_squared / n - (self.z / n) ** 2
+        return {
+            "kl_k3": self.k3 / n,
+            "log_ratio_mean": self.z / n,
+            "log_ratio_std": max(variance, 0.0) ** 0.5,
+            "filtered_log_ratio_rms": (self.filtered_squared / n) ** 0.5,
+            "ratio_ess": self.ratio**2 / (n * self.ratio_squared),
+            "clip_fraction_active": self.clip_active / n,
+            "clip_fraction_outside": self.clip_outside / n,
+        }
