@@ -4,7 +4,7 @@ Nothing here imports torch or Hydra at the top: `kpo --help` answers at once.
 """
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +48,7 @@ def train(context: typer.Context) -> None:
     run_with_hydra("train", _train, context.args)
 
 
-def _train(raw: dict) -> None:
+def _train(raw: dict[str, Any]) -> None:
     from kpo_cli.training.main import run
 
     run(raw)
@@ -67,12 +67,12 @@ def analyze(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """Entry point: a UserError becomes one line on stderr and exit code 2."""
+    """Entry point: a UserError becomes one line on stderr and its exit code (2 for bad input)."""
     try:
         app()
     except UserError as error:
         print(f"kpo: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("kpo: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,8 +1,19 @@
-"""The one exception that a user is meant to see."""
+"""The exceptions that a user is meant to see: one line, no stack trace."""
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that says what is wrong and how to mend it.
+    """Bad input. The message is one line that says what is wrong and how to mend it."""
 
-    The command line prints it without a stack trace and exits with code 2.
-    """
+    exit_code = 2
+
+
+class RunStopped(UserError):
+    """A run that began well and had to stop. The message says why and how to go on."""
+
+    exit_code = 1
+
+
+class RunInterrupted(RunStopped):
+    """Stopped from outside (Ctrl-C, SIGTERM) after the state was saved."""
+
+    exit_code = 130

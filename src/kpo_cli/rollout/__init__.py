@@ -1,0 +1,20 @@
+"""Sampling responses. One interface; every engine samples from exactly softmax(logits / temperature)."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from kpo_cli.rollout.hf import HFSampler
+from kpo_cli.rollout.response import Response
+
+__all__ = ["HFSampler", "Response", "Sampler"]
+
+
+class Sampler(Protocol):
+    def sample(
+        self, prompts: Sequence[list[int]], samples: int, seed: Sequence[int], *, greedy: bool = False
+    ) -> list[list[Response]]:
+        """`samples` responses to each prompt (token ids).
+
+        The random numbers of a response depend on `seed`, the prompt's place and the sample's number alone, not on
+        what is sampled beside it. `greedy` takes the most likely token each time.
+        """

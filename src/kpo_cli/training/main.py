@@ -1,7 +1,259 @@
-def run(raw):
-    import json, sys
-    from kpo_cli.config import train_config, as_dict
-    raw.pop("overrides"); rd=raw.pop("run_dir"); raw.pop("resume")
-    c = train_config(raw)
-    print(rd, json.dumps(as_dict(c))[:3000])
-    if c.seed == 1: sys.exit(3)
+"""`kpo train`, from configuration to summary: everything that can be wrong is found before a directory is made."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from kpo_cli.config import TrainConfig, as_dict, data_label, model_label, train_config
+from kpo_cli.core import Objective, build_objective
+from kpo_cli.data.load import ProblemSets, load_problems
+from kpo_cli.data.prompts import PromptBuilder
+from kpo_cli.errors import UserError
+from kpo_cli.rollout import HFSampler
+from kpo_cli.runs import RunDir, check_new, default_run_dir, make_manifest
+from kpo_cli.training.display import Display, describe_filter, result_table
+from kpo_cli.training.loop import Training, train
+from kpo_cli.training.policy import Policy, choose_threads, load_policy
+from kpo_cli.training.state import Progress, newest_checkpoint, restore
+from kpo_cli.training.step import Updater
+
+MAY_CHANGE = ("steps", "eval_every", "checkpoint_every", "keep_checkpoints", "ratios_every")
+"""Trainer keys that a resumed run may change: they do not touch the weights of a step."""
+
+
+def run(raw: dict[str, Any]) -> None:
+    """Entry point of the command; `raw` is the composed configuration. Raises UserError."""
+    overrides, resume = raw.pop("overrides"), raw.pop("resume")
+    run_dir = raw.pop("run_dir")
+    if resume is not None:
+        _resume(Path(str(resume)), raw, overrides)
+    else:
+        _start(train_config(raw), None if run_dir is None else Path(str(run_dir)))
+
+
+def _start(config: TrainConfig, run_dir: Path | None) -> None:
+    if run_dir is not None:
+        check_new(run_dir)
+    objective = make_objective(config)
+    problems = load_problems(config.data)
+    policy = load_policy(config.model)
+    config = _with_threads(config, policy)
+    job, notes = _assemble(config, objective, problems, policy)
+    if run_dir is None:
+        label = f"{config.method.name}-{model_label(config.model)}-{data_label(config.data)}-s{config.seed}"
+        run_dir = default_run_dir(label)
+    run = RunDir.create(run_dir, as_dict(config), _manifest(job, problems))
+    _run(job, run, Progress(), notes)
+
+
+def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
+    run = RunDir.open(path)
+    config = _changed_config(run.config(), raw, overrides)
+    objective = make_objective(config)
+    checkpoint, damaged = newest_checkpoint(path)
+    problems = load_problems(config.data)
+    policy = load_policy(config.model, checkpoint)
+    job, notes = _assemble(config, objective, problems, policy)
+    progress = Progress() if checkpoint is None else restore(checkpoint, job.updater.optimizer)
+    if progress.step > config.trainer.steps:
+        raise UserError(
+            f"{path} is at step {progress.step} already; trainer.steps={config.trainer.steps} lies behind it"
+        )
+    if progress.step == config.trainer.steps and (path / "summary.json").is_file():
+        raise UserError(f"{path} is finished at step {progress.step}; give a larger trainer.steps= to go on")
+    run.write_config(as_dict(config))
+    run.cut_after(progress.step if checkpoint else -1)
+    notes += [f"warning: {line}; using an older one" for line in damaged]
+    _run(job, run, progress, [*notes, f"resuming after step {progress.step}"])
+
+
+def _changed_config(stored: dict[str, Any], raw: dict[str, Any], overrides: list[str]) -> TrainConfig:
+    """The stored configuration with the changes that a resumed run may make."""
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        if key == "resume":
+            continue
+        if key == "run_dir":
+            raise UserError("run_dir= and resume= exclude each other; a resumed run stays where it is")
+        group, _, name = key.partition(".")
+        if group == "trainer" and name in MAY_CHANGE:
+            stored["trainer"][name] = raw["trainer"][name]
+        elif _value(raw, key) != _value(stored, key):
+            raise UserError(
+                f"{override} differs from the run's own {_value(stored, key)}; a resumed run may change only "
+                f"{', '.join(f'trainer.{k}' for k in MAY_CHANGE)}"
+            )
+    return train_config(stored)
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    value = OmegaConf.select(OmegaConf.create(config), key)
+    return value["name"] if OmegaConf.is_dict(value) and "name" in value else value
+
+
+def make_objective(config: TrainConfig) -> Objective:
+    """The objective of a configuration; a bad parameter becomes a UserError."""
+
+    def split(stage: dict[str, Any], what: str) -> tuple[str, dict[str, Any]]:
+        parameters = {name: value for name, value in stage.items() if name != "name" and value is not None}
+        if not isinstance(stage.get("name"), str):
+            raise UserError(f"{what}.name is missing; give {what}.name=...")
+        return stage["name"], parameters
+
+    filter_name, filter_parameters = split(config.filter, "filter")
+    surrogate_name, surrogate_parameters = split(config.method.surrogate, "method.surrogate")
+    try:
+        return build_objective(
+            filter_name=filter_name,
+            filter_parameters=filter_parameters,
+            surrogate_name=surrogate_name,
+            surrogate_parameters=surrogate_parameters,
+            aggregation_name=config.method.aggregation,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"method={config.method.name}: {error}") from None
+
+
+def _with_threads(config: TrainConfig, policy: Policy) -> TrainConfig:
+    threads = choose_threads(config.trainer.threads, policy.parameters)
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, threads=threads))
+
+
+def _assemble(
+    config: TrainConfig, objective: Objective, problems: ProblemSets, policy: Policy
+) -> tuple[Training, list[str]]:
+    """All live objects of a run, and what the user should know about them."""
+    trainer, rollout = config.trainer, config.rollout
+    torch.set_num_threads(trainer.threads or 1)
+    builder = PromptBuilder(policy.tokenizer, config.model, config.data)
+    train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
+    heldout, heldout_dropped = builder.build_all(problems.heldout, rollout.max_prompt_tokens, "held-out")
+    if len(train_prompts) < trainer.prompts_per_step:
+        raise UserError(
+            f"trainer.prompts_per_step={trainer.prompts_per_step} but there are only {len(train_prompts)} training "
+            f"problems; lower it"
+        )
+    sampler = HFSampler(
+        policy.model,
+        stop_ids=policy.stop_ids,
+        temperature=rollout.temperature,
+        max_response_tokens=rollout.max_response_tokens,
+        batch_size=rollout.batch_size,
+    )
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=trainer.lr, betas=trainer.betas, weight_decay=trainer.weight_decay
+    )
+    updater = Updater(
+        model=policy.model,
+        optimizer=optimizer,
+        objective=objective,
+        temperature=rollout.temperature,
+        mini_batches=trainer.mini_batches,
+        micro_batch=trainer.micro_batch,
+        max_grad_norm=trainer.max_grad_norm,
+        mask_truncated=trainer.mask_truncated,
+    )
+    job = Training(config, policy, sampler, updater, train_prompts, heldout)
+    counts = (problems.duplicates, dropped, heldout_dropped)
+    return job, _notes(job, *counts)
+
+
+def _notes(job: Training, duplicates: int, dropped: int, heldout_dropped: int) -> list[str]:
+    config = job.config
+    surrogate = ", ".join(f"{key} {value}" for key, value in config.method.surrogate.items() if key != "name")
+    notes = [
+        f"method: {config.method.name} = {config.filter['name']} filter, {config.method.surrogate['name']} surrogate"
+        f"{f' ({surrogate})' if surrogate else ''}, {config.method.aggregation}",
+        *describe_filter(config.filter, config.rollout.max_response_tokens),
+        f"model: {model_label(config.model)}, {job.policy.parameters:,} parameters, float32 on "
+        f"{job.policy.model.device}, {config.trainer.threads} CPU threads",
+        f"data: {data_label(config.data)}, {len(job.train)} problems to train on, {len(job.heldout)} held out",
+    ]
+    if duplicates or dropped or heldout_dropped:
+        notes.append(
+            f"left out: {duplicates} duplicate problems, {dropped + heldout_dropped} prompts of more than "
+            f"{config.rollout.max_prompt_tokens} tokens"
+        )
+    notes.append(f"first prompt: {job.train[0].text!r}")
+    if config.trainer.mini_batches == 1:
+        notes.append(
+            "note: with one optimizer step a rollout batch every ratio is exactly 1, so all methods coincide; "
+            "a comparison made here says nothing"
+        )
+    return notes
+
+
+def _manifest(job: Training, problems: ProblemSets) -> dict[str, Any]:
+    return make_manifest(
+        model={**job.policy.identity, "parameters": job.policy.parameters, "stop_ids": list(job.policy.stop_ids)},
+        data={
+            "path": job.config.data.path,
+            "sha256": problems.sha256,
+            "train": len(job.train),
+            "heldout": len(job.heldout),
+            "duplicates": problems.duplicates,
+        },
+        first_prompt=job.train[0].text,
+        threads=torch.get_num_threads(),
+        device=str(job.policy.model.device),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    )
+
+
+def _run(job: Training, run: RunDir, progress: Progress, notes: list[str]) -> None:
+    display = Display(job.config.trainer.steps)
+    for line in [f"run: {run.path}", *notes]:
+        display.say(line)
+    display.start(progress.step)
+    try:
+        train(job, run, progress, display)
+    finally:
+        display.stop()
+    summary = _summarise(job, run)
+    run.write_json("summary.json", summary)
+    _show_result(run, summary, display)
+
+
+def _summarise(job: Training, run: RunDir) -> dict[str, Any]:
+    rows = run.metrics()
+    evaluations = [row for row in rows if "accuracy_greedy" in row]
+    first, last = evaluations[0], evaluations[-1]
+    return {
+        "method": job.config.method.name,
+        "seed": job.config.seed,
+        "steps": rows[-1]["step"],
+        "heldout_problems": len(job.heldout),
+        "accuracy_before": first["accuracy_greedy"],
+        "accuracy_after": last["accuracy_greedy"],
+        "sampled_before": first["accuracy_sampled"],
+        "sampled_after": last["accuracy_sampled"],
+        "response_length_before": first["response_length_greedy"],
+        "response_length_after": last["response_length_greedy"],
+        "response_tokens": sum(row.get("response_tokens", 0) for row in rows),
+        "wall_time": sum(row.get("time_step", 0.0) + row.get("time_eval", 0.0) for row in rows),
+    }
+
+
+def _show_result(run: RunDir, summary: dict[str, Any], display: Display) -> None:
+    display.say("")
+    display.console.print(result_table(summary))
+    for when, step in (("before", 0), ("after", summary["steps"])):
+        row = json.loads((run.path / f"evals/step-{step:06d}.jsonl").read_text().splitlines()[0])
+        sample = row["sampled"]
+        mark = "right" if sample["correct"] else "wrong"
+        if when == "before":
+            display.say(f"one held-out problem: {_short(row['problem'])} (answer {row['answer']})")
+        display.say(f"  sampled {when}: {_short(sample['response'])}  [{mark}]")
+    display.say(f"\n{summary['steps']} steps in {summary['wall_time']:.0f} s; everything is in {run.path}")
+    more = summary["steps"] * 2
+    display.say(f"next:  kpo train resume={run.path} trainer.steps={more}   # go on")
+    display.say("       kpo train -m method=kpo,grpo_tight,grpo seed=0,1,2   # compare with its control")
+
+
+def _short(text: str, limit: int = 300) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-limit // 2 :]}"

@@ -1,0 +1,271 @@
+r"""Bringing answers and golds to one spelling, as text.
+
+Nothing here knows mathematics: it only rewrites the many spellings of the same thing (`\dfrac12`, `½`, `\tfrac{1}{2}`)
+to one. Each step is a linear scan over a text of bounded length, so that it is safe to run on hostile input inside the
+calling process.
+"""
+
+import re
+import unicodedata
+
+# Longer than this, as written, an answer is not looked at; the second limit holds once padding has been removed.
+RAW_LIMIT = 200_000
+LIMIT = 3_000
+
+_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
+_SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
+# Unicode symbols that models write instead of the LaTeX command.
+_SYMBOLS = {
+    **dict.fromkeys("−–—‒﹣－", "-"),
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/",
+    "∞": r"\infty ", "√": r"\sqrt ", "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ",
+    "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∖": r"\setminus ",
+    "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
+    "ℂ": r"\mathbb{C}", "°": r"^{\circ}", "′": "'", "’": "'", "→": r"\to ", "ℏ": r"\hbar ",
+}  # fmt: skip
+_GREEK = {
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
+    "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "π": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau",
+    "φ": "phi", "χ": "chi", "ψ": "psi", "ω": "omega", "Γ": "Gamma", "Δ": "Delta", "Θ": "Theta", "Λ": "Lambda",
+    "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi", "Ω": "Omega",
+}  # fmt: skip
+_UNICODE = {
+    **_SYMBOLS,
+    **{letter: f"\\{name} " for letter, name in _GREEK.items()},
+    **dict.fromkeys("€£¥₹₽₩₪", ""),
+}
+
+# Commands that only lay out, and the size commands of delimiters ("\left." has an invisible delimiter).
+_LAYOUT = re.compile(
+    r"\\(?:left|right)\s*\.|\\(?:left|right|middle|[bB]ig{1,2}[lrm]?|displaystyle|textstyle|scriptstyle|limits"
+    r"|nolimits|boldsymbol|bm|ensuremath|mathstrut|strut|hfill|hline|tiny|small|large|Large|rm|bf|it)(?![A-Za-z])"
+)
+_SPACING = re.compile(r"\\[,;:!> \n]|\\(?:q?quad|hspace\*?\{[^{}]*\}|thinspace|space|phantom\{[^{}]*\})(?![A-Za-z])|~")
+_THIN_THOUSANDS = re.compile(r"(?<=\d)\s?(?:\{,\}|,\s?\\!|\\!\s?,|\\,)\s?(?:\\!\s?)?(?=\d{3}(?!\d))")
+_COLOUR = re.compile(r"\\(?:text)?color\s?\{[^{}]*\}|\\(?:cancel|underline|mathstrut)(?=\s?\{)")
+_TEXT_COMMANDS = re.compile(
+    r"\\(?:text(?:normal|bf|it|rm|sf|tt|up|md|sc|sl)?|mbox|hbox|math(?:rm|bf|it|sf|tt|normal|up)|operatorname\*?)\s?\{"
+)
+_BOXES = re.compile(r"\\(?:boxed|fbox)\s?\{")
+_ALIASES = (
+    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\(?:leqslant|leq|le)(?![A-Za-z])|<=|=<"), r"\\le "),
+    (re.compile(r"\\(?:geqslant|geq|ge)(?![A-Za-z])|>="), r"\\ge "),
+    (re.compile(r"\\(?:neq|ne)(?![A-Za-z])|!="), r"\\ne "),
+    (re.compile(r"\\lt(?![A-Za-z])"), "<"),
+    (re.compile(r"\\gt(?![A-Za-z])"), ">"),
+    (re.compile(r"\\(?:simeq|thickapprox|approxeq)(?![A-Za-z])|~="), r"\\approx "),
+    (re.compile(r"\\(?:times|cdot|ast|bullet)(?![A-Za-z])|\*"), r"\\cdot "),
+    (re.compile(r"\\(?:div)(?![A-Za-z])"), "/"),
+    (re.compile(r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s?\\\}"), r"\\emptyset "),
+    (re.compile(r"\\(?:lbrace)(?![A-Za-z])"), r"\\{"),
+    (re.compile(r"\\(?:rbrace)(?![A-Za-z])"), r"\\}"),
+    (re.compile(r"\\(?:lbrack)(?![A-Za-z])"), "["),
+    (re.compile(r"\\(?:rbrack)(?![A-Za-z])"), "]"),
+    (re.compile(r"\\(?:[lr]vert|vert|mid)(?![A-Za-z])"), "|"),
+    (re.compile(r"\\(?:colon)(?![A-Za-z])"), ":"),
+    (re.compile(r"\\(?:backslash|smallsetminus)(?![A-Za-z])"), r"\\setminus "),
+    (re.compile(r"\\(?:R|reals|Reals)(?![A-Za-z])|\\mathbf\s?\{R\}|\\mathbb\s?R"), r"\\mathbb{R}"),
+    (re.compile(r"\\varepsilon(?![A-Za-z])"), r"\\epsilon "),
+    (re.compile(r"\\varphi(?![A-Za-z])"), r"\\phi "),
+    (re.compile(r"\\(?:lor|vee)(?![A-Za-z])|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"), ","),
+    (re.compile(r"\^\s?\{?\s?(?:\\circ|\\degree)(?![A-Za-z])\s?\}?|\\degree(?![A-Za-z])"), r"^{\\circ}"),
+    (re.compile(r"\^\s?\{\s?((?:\\prime\s?)+)\}|\^\s?\\prime(?![A-Za-z])"), lambda m: "'" * max(1, m[0].count("prime"))),
+    (re.compile(r"(?<![A-Za-z\\])(?:infinity|infty|inf)(?![A-Za-z])"), r"\\infty "),
+    (re.compile(r"(?<![A-Za-z\\])(sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|arcsin|arccos|arctan)(?![A-Za-z])"), r"\\\1 "),
+    (re.compile(r"(?<![A-Za-z])np\s?\.\s?"), ""),
+    (re.compile(r"\\?%|(?<![A-Za-z])(?:percentage|percent|pct)(?![A-Za-z])"), r"\\% "),
+    (re.compile(r"\\sqrt\s?\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"\\operatorname\*?\s?\{(sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan)\}"), r"\\\1 "),
+)  # fmt: skip
+_TOKEN_ARGUMENT = r"([0-9A-Za-z]|\\(?:pi|alpha|beta|gamma|theta|omega|lambda|mu|sigma|tau)(?![A-Za-z]))"
+_FRAC_TWO = re.compile(rf"\\(frac|binom)\s?{_TOKEN_ARGUMENT}\s?{_TOKEN_ARGUMENT}")
+_FRAC_ONE = re.compile(rf"\\(frac|binom)\s?{_TOKEN_ARGUMENT}\s?(?=\{{)")
+_FRAC_OPEN = re.compile(r"\\(?:frac|binom)\s?(?=\{)")
+_SQRT = re.compile(rf"\\sqrt\s?(\[[^\[\]]*\])?\s?{_TOKEN_ARGUMENT}")
+_SCRIPT = re.compile(r"([\^_])\s?(-?\d+|[A-Za-z])")
+
+
+def fold_unicode(text: str) -> str:
+    """Plain ASCII and LaTeX for Unicode digits, signs, fractions, letters and scripts; invisible characters vanish."""
+    if text.isascii():
+        return text
+    out: list[str] = []
+    for char in text:
+        if char in _UNICODE:
+            out.append(_UNICODE[char])
+        elif char in _SUPERSCRIPTS:
+            out.append("^{" + _SUPERSCRIPTS[char] + "}")
+        elif char in _SUBSCRIPTS:
+            out.append("_{" + _SUBSCRIPTS[char] + "}")
+        elif char.isascii():
+            out.append(char)
+        elif unicodedata.category(char) == "Cf":
+            continue
+        elif char.isdecimal():
+            out.append(str(unicodedata.decimal(char)))
+        else:
+            out.append(_fold_compatible(char))
+    # A multi-digit superscript came out as one group a digit.
+    return re.sub(r"\}\^\{|\}_\{(?=\d\})", "", "".join(out))
+
+
+def _fold_compatible(char: str) -> str:
+    """One character by its compatibility decomposition: a vulgar fraction becomes `\\frac`."""
+    folded = unicodedata.normalize("NFKC", char)
+    above, slash, below = folded.partition("⁄")
+    return rf"\frac{{{above}}}{{{below}}}" if slash else folded
+
+
+def matching_braces(text: str) -> dict[int, int]:
+    """The position of the closing brace of each opening one; escaped braces are characters like any other."""
+    pairs: dict[int, int] = {}
+    stack: list[int] = []
+    for token in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if token.group() == "{":
+            stack.append(token.start())
+        elif token.group() == "}" and stack:
+            pairs[stack.pop()] = token.start()
+    return pairs
+
+
+def _unwrap(text: str, command: re.Pattern[str], replacement: str) -> str:
+    r"""Replace `\command{` by `replacement` and drop its closing brace (or keep it if the replacement opens one)."""
+    opens = {match.end() - 1: match.start() for match in command.finditer(text)}
+    if not opens:
+        return text
+    pairs = matching_braces(text)
+    keeps_brace = replacement.endswith("{")
+    cuts: list[tuple[int, int, str]] = []
+    for brace, start in opens.items():
+        if brace in pairs:
+            cuts.append((start, brace + 1, replacement))
+            if not keeps_brace:
+                cuts.append((pairs[brace], pairs[brace] + 1, ""))
+    return _cut(text, cuts)
+
+
+def _cut(text: str, cuts: list[tuple[int, int, str]]) -> str:
+    """The text with each (start, end) span replaced; spans do not overlap."""
+    out: list[str] = []
+    position = 0
+    for start, end, replacement in sorted(cuts):
+        out += [text[position:start], replacement]
+        position = end
+    return "".join([*out, text[position:]])
+
+
+def _brace_arguments(text: str) -> str:
+    r"""Braces around the arguments that TeX allows to stand bare: `\frac12`, `\frac{1}2`, `\sqrt2`, `x^2`."""
+    text = _FRAC_TWO.sub(r"\\\1{\2}{\3}", text)
+    text = _FRAC_ONE.sub(r"\\\1{\2}", text)
+    text = _SQRT.sub(lambda m: rf"\sqrt{m[1] or ''}{{{m[2]}}}", text)
+    text = _SCRIPT.sub(r"\1{\2}", text)
+    pairs = matching_braces(text)
+    cuts: list[tuple[int, int, str]] = []
+    for match in _FRAC_OPEN.finditer(text):
+        close = pairs.get(match.end())
+        bare = re.compile(rf"\s?{_TOKEN_ARGUMENT}").match(text, close + 1) if close is not None else None
+        if bare:
+            cuts.append((bare.start(), bare.end(), f"{{{bare[1]}}}"))
+    return _cut(text, cuts) if cuts else text
+
+
+def _peel_text(text: str) -> str:
+    r"""The inside of a text that is one command around everything, however deep: `\text{\text{7}}`."""
+    while text.startswith("\\text{") and text.endswith("}"):
+        depth = len(re.match(r"(?:\\text\{)+", text)[0]) // 6  # type: ignore[index]
+        closing = len(text) - len(text.rstrip("}"))
+        depth = min(depth, closing)
+        pairs = matching_braces(text)
+        if pairs.get(6 * depth - 1) != len(text) - depth:
+            return text
+        inner = text[6 * depth : len(text) - depth]
+        if not re.fullmatch(r"\s*\\text\{.*|\s*\(?[A-Za-z0-9.,/+-]+\)?\s*", inner, re.DOTALL):
+            return text
+        if re.fullmatch(r"\s*\(?[A-Za-z]{2,}\)?\s*", inner):
+            return "\\text{" + inner.strip() + "}"
+        text = inner.strip()
+    return text
+
+
+def normalize(raw: str) -> str | None:
+    """The text in the one spelling that the rest of the grader reads; None if it is absurdly long."""
+    if len(raw) > RAW_LIMIT:
+        return None
+    text = re.sub(r"\s+", " ", fold_unicode(raw)).strip()
+    text = _rows(_LAYOUT.sub("", text))
+    if len(text) > 8 * LIMIT:
+        return None
+    text = text.replace(r"\$", "").replace("$", " ")
+    text = re.sub(r"^(?:\*\*|__)(.*?)(?:\*\*|__)$", r"\1", text).replace("**", "^")
+    text = _THIN_THOUSANDS.sub("", text)
+    text = _SPACING.sub(" ", text)
+    text = _unwrap(text, _BOXES, "")
+    text = _COLOUR.sub("", text)
+    text = _peel_text(_unwrap(text, _TEXT_COMMANDS, "\\text{"))
+    for pattern, replacement in _ALIASES:
+        text = pattern.sub(replacement, text)  # type: ignore[arg-type]
+    text = _brace_arguments(text)
+    text = re.sub(r"\\text\{\s*,?\s*\}", ",", text)
+    text = re.sub(r"\s+", " ", text).strip(" ,;:&").rstrip(" .,;:&")
+    text = peel_brackets(text)
+    return text if len(text) <= LIMIT else None
+
+
+def _rows(text: str) -> str:
+    r"""Matrix rows end in `\cr`; elsewhere `\\frac` is `\frac` doubled by some escaping, and `\\` a line break."""
+    if "\\begin" in text:
+        return text.replace("\\\\", " \\cr ")
+    return re.sub(r"\\\\(?=[A-Za-z])", r"\\", text).replace("\\\\", " ")
+
+
+def peel_brackets(text: str) -> str:
+    """The text without the parentheses and TeX groups that enclose all of it and hold a single item."""
+    pairs = matching_brackets(text)
+    start, end = 0, len(text)
+    while end - start >= 2 and text[start] in "({" and pairs.get(start) == end - 1:
+        start, end = start + 1, end - 1
+        while start < end and text[start] == " ":
+            start += 1
+        while start < end and text[end - 1] == " ":
+            end -= 1
+    inner = text[start:end]
+    # A comma inside means that the last parentheses taken off make a tuple or an interval of it.
+    if start and has_top_level_comma(inner) and text.rfind("(", 0, start) >= 0:
+        return "(" + inner + ")"
+    return inner
+
+
+_OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
+_BRACKET = re.compile(r"\\[{}]|\\.|[()\[\]{}]|\\begin|\\end")
+
+
+def matching_brackets(text: str) -> dict[int, int]:
+    """The position of the closing bracket of each opening one; `(` may be closed by `]` and `[` by `)`."""
+    pairs: dict[int, int] = {}
+    stack: list[tuple[str, int]] = []
+    for token in _BRACKET.finditer(text):
+        kind = token.group()
+        if kind in _OPENING:
+            stack.append((kind, token.start()))
+        elif kind in (")", "]", "}", "\\}") and stack:
+            opened, position = stack[-1]
+            if _OPENING[opened] == kind or (opened in "([" and kind in ")]"):
+                stack.pop()
+                pairs[position] = token.start()
+    return pairs
+
+
+def has_top_level_comma(text: str) -> bool:
+    """True if a comma or semicolon stands outside all brackets."""
+    depth = 0
+    for token in re.finditer(r"\\[{}]|\\.|[()\[\]{},;]", text):
+        kind = token.group()
+        if kind in ("(", "[", "{", "\\{"):
+            depth += 1
+        elif kind in (")", "]", "}", "\\}"):
+            depth -= 1
+        elif kind in ",;" and depth == 0:
+            return True
+    return False

@@ -1,0 +1,194 @@
+"""The run directory: who owns it, what it was made from, and its metrics. See docs/run-directory.md."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from kpo_cli.errors import UserError
+
+PACKAGES = ("kpo-cli", "torch", "transformers", "tokenizers", "safetensors", "numpy", "hydra-core", "math-verify")
+
+
+class RunDir:
+    """A directory that one process at a time writes to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: Any = None
+
+    @classmethod
+    def create(cls, path: Path, config: dict[str, Any], manifest: dict[str, Any]) -> "RunDir":
+        """Make the directory whole: it appears under its name with config and manifest inside, or not at all."""
+        check_new(path)
+        draft = path.parent / f".{path.name}.{os.getpid()}"
+        try:
+            draft.mkdir(parents=True)
+            write_text(draft / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+            write_text(draft / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            draft.rename(path)
+        except OSError as error:
+            raise UserError(f"cannot make run_dir={path} ({error.strerror}); choose another run_dir=") from None
+        run = cls(path)
+        run.lock()
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDir":
+        """An existing run, locked for writing."""
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"resume={path}: not a run directory (it has no config.yaml)")
+        run = cls(path)
+        run.lock()
+        return run
+
+    def lock(self) -> None:
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.path} is in use by another process; wait for it or choose another run") from None
+
+    def config(self) -> dict[str, Any]:
+        try:
+            plain: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+        except Exception as error:
+            raise UserError(f"{self.path}/config.yaml cannot be read: {first_line(error)}") from None
+        return plain
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_text(self.path / name, json.dumps(finite(content), indent=2) + "\n")
+
+    def write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(finite(metrics)) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics written so far; a last line that was cut off by a kill is left out."""
+        path = self.path / "metrics.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
+
+    def cut_after(self, step: int) -> None:
+        """Forget what was written past `step` (-1: everything), as a resumed run is going to write it again."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        for folder, suffix in (("ratios", ".safetensors"), ("evals", ".jsonl")):
+            for path in (self.path / folder).glob(f"step-*{suffix}"):
+                if int(path.stem.removeprefix("step-")) > step:
+                    path.unlink()
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+
+def check_new(path: Path) -> None:
+    """Raise UserError if a new run cannot be made at `path`."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"run_dir={path} exists already; go on with resume={path} or choose another run_dir=")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"run_dir={path}: {parent} is a file; choose another run_dir=")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"run_dir={path}: no permission to write in {parent}; choose another run_dir=")
+
+
+def default_run_dir(label: str) -> Path:
+    """outputs/train/<label>/<time>, with a number behind it where two runs start in the same second."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    base = Path("outputs") / "train" / label
+    names = [stamp, *(f"{stamp}-{i}" for i in range(2, 1000))]
+    return next(base / name for name in names if not (base / name).exists())
+
+
+def make_manifest(**facts: Any) -> dict[str, Any]:
+    """What is needed to run it again: command, versions, source, machine, and the `facts` given."""
+    return {
+        "command": shlex.join(["kpo", *sys.argv[0].split()[1:], *sys.argv[1:]]),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "git": _git_state(),
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "processor": _processor()},
+        **facts,
+    }
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.tmp")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the source that runs, and whether it was changed since; None for an installed package."""
+    here = Path(__file__).resolve().parent
+    try:
+        tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, cwd=here, check=True, capture_output=True)
+        run = {"cwd": here, "check": True, "capture_output": True, "text": True}
+        commit: Any = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
+        changes: Any = subprocess.run(["git", "status", "--porcelain"], **run).stdout  # type: ignore[call-overload]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "changed": bool(changes.strip())}
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

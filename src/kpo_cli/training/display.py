@@ -1,0 +1,117 @@
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from kpo_cli.core import kalman_meaning
+
+
+class Display:
+    def __init__(self, steps: int, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.steps = steps
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._accuracy = ""
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    def start(self, step: int) -> None:
+        if not self.console.is_terminal:
+            return
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=self.console, transient=True)
+        self._task = self._progress.add_task("starting", total=self.steps, completed=step)
+        self._progress.start()
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def phase(self, name: str) -> None:
+        """What is being done right now; shown until the first step has ended."""
+        if self._progress is not None and self._task is not None and not self._accuracy:
+            self._progress.update(self._task, description=name)
+
+    def evaluated(self, step: int, metrics: dict[str, Any]) -> None:
+        self._accuracy = f"accuracy {metrics['accuracy_greedy']:.2f}"
+        sampled, length = metrics["accuracy_sampled"], metrics["response_length_greedy"]
+        self.say(
+            f"step {step:>4}  held-out accuracy: greedy {metrics['accuracy_greedy']:.3f}, sampled {sampled:.3f}; "
+            f"greedy responses of {length:.0f} tokens"
+        )
+
+    def stepped(self, metrics: dict[str, Any]) -> None:
+        line = (
+            f"reward {metrics['reward_mean']:.2f}  entropy {metrics['entropy']:.2f}  "
+            f"clip {metrics['clip_fraction_active']:.1%}  length {metrics['response_length_mean']:.0f}  "
+            f"{metrics['tokens_per_second']:,.0f} tok/s"
+        )
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=metrics["step"], description=f"{line}  {self._accuracy}")
+        else:
+            self.say(f"step {metrics['step']:>4}  {line}  {metrics['time_step']:.1f} s")
+        if "accuracy_greedy" in metrics:
+            self.evaluated(metrics["step"], metrics)
+
+
+def describe_filter(filter_parameters: dict[str, Any], length: int) -> list[str]:
+    """What a Kalman setting means at responses of `length` tokens, and a warning where it means nothing."""
+    if filter_parameters["name"] != "kalman":
+        return [f"filter: {filter_parameters['name']}"]
+    meaning = kalman_meaning(filter_parameters["q"], filter_parameters["v"], length)
+    lines = [
+        f"filter: kalman, Q/V = {meaning.q_over_v:.3g}: time constant {meaning.time_constant:,.0f} tokens, steady gain "
+        f"{meaning.steady_gain:.3g}; {meaning.share_passed:.1%} of a constant shift shows after {length} tokens"
+    ]
+    if meaning.share_passed < 0.05:
+        lines.append(
+            f"warning: the filter passes next to nothing in {length} tokens, so the ratio is 1 for every purpose; "
+            f"for responses of this length try filter.time_constant={max(1, length // 3)}"
+        )
+    return lines
+
+
+def result_table(summary: dict[str, Any]) -> Table:
+    table = Table("held-out problems", "before", "after", title=None)
+    for kind, before, after in (
+        ("greedy accuracy", "accuracy_before", "accuracy_after"),
+        ("sampled accuracy", "sampled_before", "sampled_after"),
+    ):
+        table.add_row(kind, *(_with_interval(summary[key], summary["heldout_problems"]) for key in (before, after)))
+    lengths = [f"{summary[key]:.0f}" for key in ("response_length_before", "response_length_after")]
+    table.add_row("greedy response, tokens", *lengths)
+    return table
+
+
+def _with_interval(share: float, count: int) -> str:
+    low, high = wilson_interval(share, count)
+    return f"{share:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a proportion of `count` trials (Wilson 1927); it holds at 0 and 1, where the normal one fails."""
+    centre = share + z * z / (2 * count)
+    half = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    scale = 1 + z * z / count
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

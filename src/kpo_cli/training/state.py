@@ -1,0 +1,145 @@
+"""Checkpoints: a model directory for transformers, with a trainer/ folder that makes the run go on to the same bits.
+
+Nothing in a checkpoint is a pickle: tensors are safetensors, the rest JSON. A checkpoint is written under a hidden
+name and renamed, so that it is there whole or not at all, and its files' checksums are verified before it is used.
+"""
+
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from kpo_cli.errors import UserError
+from kpo_cli.runs import sha256_of, write_text
+from kpo_cli.training.policy import Policy
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Everything random is drawn from (seed, purpose, step), so this is all there is to it."""
+
+    step: int = 0
+    data_cursor: int = 0
+    """Prompts taken so far, over all epochs."""
+
+
+def save_checkpoint(
+    run: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    schedule: dict[str, float],
+    keep: int,
+) -> Path:
+    """Write checkpoints/step-NNNNNN; then remove all but the newest `keep` (0: none)."""
+    folder = run / "checkpoints"
+    final = folder / f"step-{progress.step:06d}"
+    draft = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    (draft / "trainer").mkdir(parents=True)
+    policy.model.save_pretrained(draft)
+    policy.tokenizer.save_pretrained(draft)
+    tensors, state = _optimizer_state(optimizer)
+    save_file(tensors, draft / "trainer" / "optimizer.safetensors")
+    save_file(_random_states(), draft / "trainer" / "random.safetensors")
+    state |= {"step": progress.step, "data_cursor": progress.data_cursor, "schedule": schedule}
+    name, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002 - a model may draw from it
+    state |= {
+        "python_random": _as_lists(random.getstate()),
+        "numpy_random": [name, np.asarray(keys).tolist(), *position],
+    }
+    write_text(draft / "trainer" / "state.json", json.dumps(state) + "\n")
+    sums = {str(f.relative_to(draft)): sha256_of(f) for f in sorted(draft.rglob("*")) if f.is_file()}
+    write_text(draft / "checksums.json", json.dumps(sums, indent=2) + "\n")
+    _sync(draft)
+    shutil.rmtree(final, ignore_errors=True)
+    draft.rename(final)
+    for old in checkpoints(run)[:-keep] if keep else []:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint directories, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose checksums hold (None if there never was one), and a line for each that fails."""
+    found = checkpoints(run)
+    problems: list[str] = []
+    for path in reversed(found):
+        problem = _damage(path)
+        if problem is None:
+            return path, problems
+        problems.append(f"{path} is damaged ({problem})")
+    if found:
+        raise UserError(f"no checkpoint of {run} is whole: {'; '.join(problems)}; start the run again")
+    return None, problems
+
+
+def restore(path: Path, optimizer: torch.optim.Optimizer) -> Progress:
+    """Load the trainer/ folder of a checkpoint into the optimizer and the random generators."""
+    state = json.loads((path / "trainer" / "state.json").read_text())
+    tensors = load_file(path / "trainer" / "optimizer.safetensors")
+    per_parameter: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        per_parameter.setdefault(int(index), {})[key] = tensor
+    groups = [
+        {**group, "betas": tuple(group["betas"])} if "betas" in group else group for group in state["param_groups"]
+    ]
+    optimizer.load_state_dict({"state": per_parameter, "param_groups": groups})
+    randoms = load_file(path / "trainer" / "random.safetensors")
+    torch.set_rng_state(randoms["torch"])
+    if "cuda" in randoms and torch.cuda.is_available():
+        torch.cuda.set_rng_state(randoms["cuda"])
+    name, keys, *position = state["numpy_random"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *position))  # noqa: NPY002
+    version, internal, gauss = state["python_random"]
+    random.setstate((version, tuple(internal), gauss))
+    return Progress(state["step"], state["data_cursor"])
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{key}": value.contiguous()
+        for index, values in state["state"].items()
+        for key, value in values.items()
+    }
+    return tensors, {"param_groups": state["param_groups"]}
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    states = {"torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _as_lists(state: Any) -> Any:
+    return [_as_lists(item) for item in state] if isinstance(state, tuple) else state
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        sums = json.loads((path / "checksums.json").read_text())
+        for name, expected in sums.items():
+            if sha256_of(path / name) != expected:
+                return f"{name} has changed"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
