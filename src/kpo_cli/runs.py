@@ -23,7 +23,7 @@ PACKAGES = ("kpo-cli", "torch", "transformers", "tokenizers", "safetensors", "nu
 
 
 class RunDir:
-    """A directory that one process at a time writes to."""
+    """A directory that one process at a time writes to; a context manager that gives up its lock at the end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,6 +53,12 @@ class RunDir:
         run = cls(path)
         run.lock()
         return run
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.close()
 
     def lock(self) -> None:
         self._lock = (self.path / ".lock").open("w")

@@ -49,15 +49,15 @@ class RatioSums:
         return RatioSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of docs/metrics.md that describe ratios."""
-        n = self.tokens
+        """The metrics of docs/metrics.md that describe ratios; NaN where there was no token."""
+        n = self.tokens or float("nan")
         variance = self.z_squared / n - (self.z / n) ** 2
         return {
             "kl_k3": self.k3 / n,
             "log_ratio_mean": self.z / n,
-            "log_ratio_std": max(variance, 0.0) ** 0.5,
+            "log_ratio_std": (0.0 if variance < 0 else variance) ** 0.5,
             "filtered_log_ratio_rms": (self.filtered_squared / n) ** 0.5,
-            "ratio_ess": self.ratio**2 / (n * self.ratio_squared),
+            "ratio_ess": self.ratio**2 / (n * (self.ratio_squared or 1.0)),
             "clip_fraction_active": self.clip_active / n,
             "clip_fraction_outside": self.clip_outside / n,
         }

@@ -102,6 +102,7 @@ def kalman_filter(z: Tensor, mask: Tensor, *, q: float, v: float, p0: float = 0.
 
     Raises ValueError for wrong shapes, noise that is not positive, or a non-finite z on a valid token.
     """
+    _check_noise(q, v, p0)
     mask = as_mask(mask)
     check_same_shape(z=z, mask=mask)
     check_finite("z", z, mask)
@@ -112,6 +113,14 @@ def kalman_filter(z: Tensor, mask: Tensor, *, q: float, v: float, p0: float = 0.
     gapless = bool(((column - first + 1 == age) | ~mask).all())
     x = _filter_gapless(values, age, q / v, p0 / v) if gapless else _filter_serial(values, mask, age, q / v, p0 / v)
     return torch.where(mask, x, 0.0).to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _check_noise(q: float, v: float, p0: float) -> None:
+    for name, value in (("q", q), ("v", v)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"filter.{name}={value} must be a finite number above 0")
+    if not (math.isfinite(p0) and p0 >= 0):
+        raise ValueError(f"filter.p0={p0} must be a finite number, at least 0")
 
 
 def _filter_gapless(z: Tensor, age: Tensor, q: float, p0: float) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kpo_cli.errors import RunStopped
 from kpo_cli.rollout.response import Response
 
 
@@ -69,6 +70,8 @@ class HFSampler:
                 "attention_mask": attention_mask,
                 "position_ids": position[:, None],
             }
+        if any(values.isnan().any() for values in log_probs):
+            raise RunStopped("the policy's probabilities are NaN: its weights have exploded; lower trainer.lr")
         return self._cut(torch.stack(tokens, 1), torch.stack(log_probs, 1))
 
     def _choose(self, logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -96,7 +99,8 @@ def invert_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     # The product may round up to the total, behind the last possible token.
     below_total = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(uniform.double()[:, None] * total, below_total)
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # Only NaN reaches the clamp; it is reported once the batch is done.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
 
 
 def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -46,29 +46,28 @@ def _start(config: TrainConfig, run_dir: Path | None) -> None:
     if run_dir is None:
         label = f"{config.method.name}-{model_label(config.model)}-{data_label(config.data)}-s{config.seed}"
         run_dir = default_run_dir(label)
-    run = RunDir.create(run_dir, as_dict(config), _manifest(job, problems))
-    _run(job, run, Progress(), notes)
+    with RunDir.create(run_dir, as_dict(config), _manifest(job, problems)) as run:
+        _run(job, run, Progress(), notes)
 
 
 def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
-    run = RunDir.open(path)
-    config = _changed_config(run.config(), raw, overrides)
-    objective = make_objective(config)
-    checkpoint, damaged = newest_checkpoint(path)
-    problems = load_problems(config.data)
-    policy = load_policy(config.model, checkpoint)
-    job, notes = _assemble(config, objective, problems, policy)
-    progress = Progress() if checkpoint is None else restore(checkpoint, job.updater.optimizer)
-    if progress.step > config.trainer.steps:
-        raise UserError(
-            f"{path} is at step {progress.step} already; trainer.steps={config.trainer.steps} lies behind it"
-        )
-    if progress.step == config.trainer.steps and (path / "summary.json").is_file():
-        raise UserError(f"{path} is finished at step {progress.step}; give a larger trainer.steps= to go on")
-    run.write_config(as_dict(config))
-    run.cut_after(progress.step if checkpoint else -1)
-    notes += [f"warning: {line}; using an older one" for line in damaged]
-    _run(job, run, progress, [*notes, f"resuming after step {progress.step}"])
+    with RunDir.open(path) as run:
+        config = _changed_config(run.config(), raw, overrides)
+        objective = make_objective(config)
+        checkpoint, damaged = newest_checkpoint(path)
+        problems = load_problems(config.data)
+        policy = load_policy(config.model, checkpoint)
+        job, notes = _assemble(config, objective, problems, policy)
+        progress = Progress() if checkpoint is None else restore(checkpoint, job.updater.optimizer)
+        last = config.trainer.steps
+        if progress.step > last:
+            raise UserError(f"{path} is at step {progress.step} already; trainer.steps={last} lies behind it")
+        if progress.step == last and (path / "summary.json").is_file():
+            raise UserError(f"{path} is finished at step {last}; give a larger trainer.steps= to go on")
+        run.write_config(as_dict(config))
+        run.cut_after(progress.step if checkpoint else -1)
+        notes += [f"warning: {line}; using an older one" for line in damaged]
+        _run(job, run, progress, [*notes, f"resuming after step {progress.step}"])
 
 
 def _changed_config(stored: dict[str, Any], raw: dict[str, Any], overrides: list[str]) -> TrainConfig:

@@ -91,6 +91,8 @@ class Updater:
             part = batch.rows(micro)
             length = part.response_ids.shape[1]
             log_probs, entropy = response_log_probs(self.model, part, self.temperature)
+            if log_probs.isnan().any():
+                raise RunStopped("log-probabilities are NaN: the weights have exploded; lower trainer.lr")
             old = log_probs.detach()
             if old_log_probs is not None:
                 old = old_log_probs[start : start + len(micro), :length].to(log_probs.device)
@@ -114,7 +116,7 @@ class Updater:
             )
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
         if not np.isfinite(norm):
-            raise RunStopped("the gradient is not finite; lower trainer.lr")
+            raise RunStopped("the gradient is not finite: the weights have exploded; lower trainer.lr")
         record.grad_norms.append(norm)
         if counts.tokens:
             self.optimizer.step()

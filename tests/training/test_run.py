@@ -1,0 +1,247 @@
+"""Whole runs: what they leave behind, and that a stopped run goes on to the same bits."""
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics, resume, same_weights, train, weights
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kpo_cli.core import list_methods
+from kpo_cli.errors import RunStopped, UserError
+from kpo_cli.training import main
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    torch.set_num_threads(1)
+    return train(tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_a_run_leaves_everything_behind(whole):
+    names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
+    assert {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "summary.json",
+        "ratios/step-000002.safetensors",
+        "checkpoints/step-000003/trainer/state.json",
+        "evals/step-000000.jsonl",
+        "evals/step-000002.jsonl",
+        "evals/step-000003.jsonl",
+    } <= names
+    assert not [name for name in names if "/." in name]  # no drafts
+    assert [row["step"] for row in metrics(whole)] == [0, 1, 2, 3]
+    assert ["accuracy_greedy" in row for row in metrics(whole)] == [True, False, True, True]
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["accuracy_before"] == metrics(whole)[0]["accuracy_greedy"]
+    assert summary["sampled_after"] == metrics(whole)[3]["accuracy_sampled"]
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert {"command", "versions", "git", "machine", "model", "data", "first_prompt", "threads"} <= manifest.keys()
+
+
+def test_every_metric_is_defined_in_the_docs(whole):
+    defined = set(re.findall(r"^\| `(\w+)`", (DOCS / "metrics.md").read_text(), re.MULTILINE))
+    written = {key for row in metrics(whole, timings=True) for key in row}
+    assert written <= defined
+    assert defined <= written
+
+
+def test_ratio_records_hold_together(whole):
+    with safe_open(whole / "ratios/step-000002.safetensors", "pt") as file:
+        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
+        r = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    assert metadata["method"] == "kpo"
+    assert metadata["filter"]["name"] == "kalman"
+    assert metadata["eps_low"] == 3e-4
+    mask = r["response_mask"]
+    assert r["log_ratio"].shape == mask.shape == (16, mask.shape[1])
+    assert (r["log_ratio"][~mask] == 0).all()
+    on_policy = r["mini_batch_index"] == 0
+    assert (r["log_ratio"][on_policy] == 0).all()
+    assert (r["log_ratio"][~on_policy][mask[~on_policy]] != 0).any()
+    assert (r["old_log_probs"] - r["rollout_log_probs"])[mask].abs().max() < 1e-4
+    assert r["rewards"].tolist() == [float(x) for x in r["rewards"].bool()]
+    row = metrics(whole)[2]
+    assert row["log_ratio_std"] == pytest.approx(float(r["log_ratio"][mask].double().std(correction=0)), rel=1e-5)
+
+
+def test_checkpoints_are_plain_transformers_models(whole):
+    path = whole / "checkpoints/step-000003"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = torch.tensor([tokenizer("1+2-3?")["input_ids"]])
+    assert model(ids).logits.shape == (1, 6, model.config.vocab_size)
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    assert not list(path.rglob("*.bin")) + list(path.rglob("*.pt"))  # nothing that unpickles
+
+
+def test_a_run_repeats_bit_for_bit(whole, tmp_path):
+    again = train(tmp_path / "again")
+    assert same_weights(weights(again, 3), weights(whole, 3))
+    assert metrics(again) == metrics(whole)
+    other = train(tmp_path / "other", "seed=1")
+    assert not same_weights(weights(other, 3), weights(whole, 3))
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_every_method_trains(method, tmp_path):
+    run = train(tmp_path / "run", f"method={method}", "trainer.steps=1")
+    first, last = weights(run, 1), AutoModelForCausalLM.from_pretrained(run / "checkpoints/step-000001")
+    assert all(torch.isfinite(value).all() for value in first.values())
+    assert metrics(run)[1]["grad_norm"] > 0
+    assert last.num_parameters() > 100_000
+
+
+def test_resume_goes_on_to_the_same_bits(whole, tmp_path):
+    short = train(tmp_path / "run", "trainer.steps=2", "trainer.warmup_steps=1")
+    resume(short, "trainer.steps=3")
+    assert same_weights(weights(short, 3), weights(whole, 3))
+    # The short run evaluated at its own end, which the long one did as well (eval_every=2).
+    assert metrics(short) == metrics(whole)
+
+
+def _killed_after(events, run_dir):
+    """Train in a child process that SIGKILLs itself at its n-th touch of the run directory; True if it finished."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def count(event, arguments):
+            nonlocal seen
+            if event in ("open", "os.rename", "os.mkdir", "os.remove") and "victim" in str(arguments[0]):
+                seen += 1
+                if seen > events:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)
+            train(run_dir)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        assert os.WEXITSTATUS(status) == 0
+        return True
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has torch loaded")
+def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(whole, tmp_path):
+    """From the draft of the run directory to the last summary, a kill at one file operation in five."""
+    finished, kills, events = False, 0, 0
+    while not finished:
+        run = tmp_path / f"victim-{events}"
+        finished = _killed_after(events, run)
+        events += 5 if events > 12 else 2
+        if finished:
+            break
+        kills += 1
+        if not run.exists():  # killed before the directory appeared: nothing half-made under its name
+            train(run)
+        elif not (run / "summary.json").exists():
+            resume(run)
+        assert same_weights(weights(run, 3), weights(whole, 3)), f"killed after {events} events"
+        assert metrics(run) == metrics(whole)
+        assert (run / "summary.json").exists()
+    assert kills > 15
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, capsys):
+    run = train(tmp_path / "run")
+    path = run / "checkpoints/step-000003/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    resume(run)
+    assert "step-000003 is damaged (model.safetensors has changed)" in capsys.readouterr().out
+    assert same_weights(weights(run, 3), weights(whole, 3))
+    assert metrics(run) == metrics(whole)
+
+
+def test_old_checkpoints_are_removed(tmp_path):
+    run = train(tmp_path / "run", "trainer.keep_checkpoints=2")
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.lr=1e-3"], "trainer.lr=1e-3 differs from the run's own 0.0002"),
+        (["method=grpo"], "method=grpo differs from the run's own kpo"),
+        (["seed=5"], "seed=5 differs"),
+        (["trainer.steps=2"], "is at step 3 already"),
+        ([], "is finished at step 3; give a larger trainer.steps="),
+        (["run_dir=elsewhere"], "exclude each other"),
+    ],
+)
+def test_what_a_resumed_run_may_not_change(whole, overrides, message):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+    with pytest.raises(UserError, match=re.escape(message)):
+        resume(whole, *overrides)
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"} == before
+
+
+def test_a_run_is_never_shared(whole):
+    with pytest.raises(UserError, match="exists already"):
+        train(whole)
+
+
+def test_two_processes_cannot_resume_one_run(whole):
+    from kpo_cli.runs import RunDir
+
+    with RunDir.open(whole), pytest.raises(UserError, match="in use by another process"):
+        resume(whole, "trainer.steps=4")
+
+
+def test_one_optimizer_step_a_batch_is_said_to_compare_nothing(tmp_path, capsys):
+    run = train(tmp_path / "run", "trainer.mini_batches=1", "trainer.steps=1")
+    assert "all methods coincide" in capsys.readouterr().out
+    row = metrics(run)[1]
+    assert row["log_ratio_std"] == 0
+    assert row["kl_k3"] == 0
+
+
+def test_a_filter_that_passes_nothing_is_warned_about(tmp_path, capsys):
+    train(tmp_path / "run", "filter.q=1e-6", "trainer.steps=1")
+    out = capsys.readouterr().out
+    assert "time constant 1,000 tokens" in out
+    assert "the filter passes next to nothing in 12 tokens" in out
+
+
+def test_an_exploding_run_stops_with_one_line(tmp_path):
+    with pytest.raises(RunStopped, match=r"step \d: .* the weights have exploded; lower trainer.lr"):
+        train(tmp_path / "run", "trainer.lr=1e30", "trainer.warmup_steps=0", "method=kpo_unclipped")
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [0]
+
+
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    original = main.train
+
+    def interrupted(job, *arguments):
+        step = job.updater.update
+
+        def update(batch):
+            os.kill(os.getpid(), signal.SIGINT)
+            return step(batch)
+
+        object.__setattr__(job.updater, "update", update)
+        original(job, *arguments)
+
+    monkeypatch.setattr(main, "train", interrupted)
+    with pytest.raises(RunStopped, match=f"stopped after step 1; go on with: kpo train resume={run}"):
+        train(run, "trainer.checkpoint_every=0")
+    monkeypatch.undo()
+    resume(run)
+    assert same_weights(weights(run, 3), weights(whole, 3))
