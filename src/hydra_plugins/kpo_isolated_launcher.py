@@ -6,6 +6,7 @@ number of threads leak from job to job. Other launchers (`hydra/launcher=submiti
 Hydra finds launchers only in a package called `hydra_plugins`, which is why this file stands apart from the rest.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -66,14 +67,20 @@ class IsolatedLauncher(Launcher):
         return [JobReturn(overrides=job, status=JobStatus.COMPLETED) for job in jobs]
 
     def _run_dir(self, number: int, overrides: list[str], label: str) -> Path:
-        own = [override.split("=", 1)[1] for override in overrides if override.startswith("run_dir=")]
+        from kpo_cli.hydra_app import value_of
+
+        own = [value_of(override) for override in overrides if override.startswith(("run_dir=", "resume="))]
         if own:
             return Path(own[-1])
         readable = "".join(c if c.isalnum() or c in "=.,-_" else "_" for c in label)[:100]
         return self.sweep_dir / (f"{number}-{readable}" if readable else str(number))
 
     def _run(self, overrides: list[str], run_dir: Path) -> int:
-        others = [override for override in overrides if not override.startswith("run_dir=")]
-        quoted = str(run_dir).replace("\\", "\\\\").replace("'", "\\'")
-        command = [sys.executable, "-m", "kpo_cli", *self.command, *others, f"run_dir='{quoted}'"]
-        return subprocess.run(command, check=False).returncode
+        from kpo_cli.hydra_app import SHOW_TRACES, quote_value
+
+        job = [override for override in overrides if not override.startswith("run_dir=")]
+        if not any(override.startswith("resume=") for override in overrides):
+            job.append(f"run_dir={quote_value(str(run_dir))}")
+        environment = {**os.environ, "HYDRA_FULL_ERROR": "1" if SHOW_TRACES else "0"}
+        command = [sys.executable, "-m", "kpo_cli", *self.command, *job]
+        return subprocess.run(command, check=False, env=environment).returncode

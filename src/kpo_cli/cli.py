@@ -3,8 +3,9 @@
 Nothing here imports torch or Hydra at the top: `kpo --help` answers at once.
 """
 
+import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# Typer's UsageError: it has no public name of its own.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 # Hydra parses its own options, --help included.
 HYDRA_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -69,10 +73,24 @@ def analyze(context: typer.Context) -> None:
 def main() -> None:
     """Entry point: a UserError becomes one line on stderr and its exit code (2 for bad input)."""
     try:
-        app()
+        # Not Typer's standalone mode: it spreads its own errors over four lines.
+        code = app(sys.argv[1:] or ["--help"], prog_name="kpo", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe can be answered
     except UserError as error:
-        print(f"kpo: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("kpo: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _fail(str(error), error.exit_code)
+    except USAGE_ERROR as error:
+        _fail(f"{error.format_message().rstrip('.')}; see kpo --help", error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:  # the reader has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    if code == 130:
+        _fail("interrupted", code)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"kpo: {' '.join(message.splitlines())}", file=sys.stderr)
+    sys.exit(code)

@@ -6,6 +6,7 @@ below imports torch, so that `kpo train --cfg job` and a mistyped key answer at 
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from typing import Any
 from kpo_cli.errors import UserError
 
 CHAT_TEMPLATES = ("auto", "none")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+CORRECTIONS = ("none", "truncate", "mask")
+MAX_THREADS = 1024
+"""More than any machine has cores; torch dies of a very large number."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,9 @@ class ModelConfig:
     chat_template_kwargs: dict[str, Any]
 
     def __post_init__(self) -> None:
+        _label("model.name", self.name)
+        if self.path is None and self.name == "hub":
+            raise UserError("model=hub needs a model: give model.path=DIRECTORY or model.path=org/name")
         _one_of("model.chat_template", self.chat_template, CHAT_TEMPLATES)
 
 
@@ -48,6 +56,9 @@ class DataConfig:
     instruction: str | None
 
     def __post_init__(self) -> None:
+        _label("data.name", self.name)
+        if self.path is None and self.name == "file":
+            raise UserError("data=file needs a file: give data.path=FILE.jsonl or FILE.parquet")
         _at_least("data.operators", self.operators, 1)
         _at_least("data.limit", self.limit, 1)
         _at_least("data.heldout", self.heldout, 1)
@@ -57,8 +68,14 @@ class DataConfig:
 class MethodConfig:
     name: str
     surrogate: dict[str, Any]
-    aggregation: str
+    aggregation: dict[str, Any]
     filter_defaults: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        _label("method.name", self.name)
+        for name, value in self.surrogate.items():
+            if value is None:  # would fall back on the surrogate's own default, not on the method's
+                raise UserError(f"method.surrogate.{name}=null must have a value")
 
 
 @dataclass(frozen=True)
@@ -68,10 +85,14 @@ class RolloutConfig:
     max_prompt_tokens: int
     max_response_tokens: int
     batch_size: int
+    correction: str
+    correction_cap: float
 
     def __post_init__(self) -> None:
         _one_of("rollout.name", self.name, ("hf",))
+        _one_of("rollout.correction", self.correction, CORRECTIONS)
         _above("rollout.temperature", self.temperature, 0)
+        _above("rollout.correction_cap", self.correction_cap, 1)
         for key in ("max_prompt_tokens", "max_response_tokens", "batch_size"):
             _at_least(f"rollout.{key}", getattr(self, key), 1)
 
@@ -89,7 +110,13 @@ class TrainerConfig:
     max_grad_norm: float
     warmup_steps: int
     advantage_epsilon: float
+    advantage_std: bool
     mask_truncated: bool
+    dynamic_sampling: int
+    overlong_buffer: float
+    kl_coefficient: float
+    kl_estimator: str
+    entropy_bonus: float
     eval_every: int
     checkpoint_every: int
     keep_checkpoints: int
@@ -103,9 +130,15 @@ class TrainerConfig:
             _at_least(f"trainer.{key}", getattr(self, key), 0)
         _at_least("trainer.group_size", self.group_size, 2, "an advantage is relative to the group")
         _at_least("trainer.threads", self.threads, 1)
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise UserError(f"trainer.threads={self.threads} must be at most {MAX_THREADS}")
         for key in ("lr", "max_grad_norm", "advantage_epsilon"):
             _above(f"trainer.{key}", getattr(self, key), 0)
-        _at_least("trainer.weight_decay", self.weight_decay, 0)
+        for key in ("weight_decay", "kl_coefficient", "entropy_bonus", "dynamic_sampling"):
+            _at_least(f"trainer.{key}", getattr(self, key), 0)
+        _one_of("trainer.kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        if not 0 <= self.overlong_buffer < 1:
+            raise UserError(f"trainer.overlong_buffer={self.overlong_buffer} must be at least 0 and below 1, a share")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"trainer.betas={list(self.betas)}: both must be at least 0 and below 1")
         if self.mini_batches > self.prompts_per_step:
@@ -153,33 +186,56 @@ def resolve_filter(own: dict[str, Any], method: MethodConfig) -> dict[str, Any]:
     `q` and `time_constant` are two ways to say one thing; either given under `filter` replaces both defaults.
     """
     if "q" not in own:
+        for name, value in own.items():
+            if value is None and name != "name":
+                raise UserError(f"filter.{name}=null must have a value")
         return own
     defaults = method.filter_defaults
-    for key in ("q", "v", "time_constant", "p0"):
-        value = own.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UserError(f"filter.{key}={value} must be a number")
-    if own.get("q") is not None and own.get("time_constant") is not None:
-        raise UserError(
-            f"filter.q={own['q']} and filter.time_constant={own['time_constant']} both say how slowly the filter "
-            f"moves; give one of them"
-        )
-    chosen = own if own.get("q") is not None or own.get("time_constant") is not None else defaults
-    v = own["v"] if own.get("v") is not None else defaults.get("v")
-    v = 1.0 if v is None else float(v)
-    time_constant = chosen.get("time_constant")
-    if time_constant is not None:
-        _above("filter.time_constant", float(time_constant), 0)
-        q = 4 * math.sinh(1 / (2 * time_constant)) ** 2 * v
-    elif chosen.get("q") is not None:
-        q = float(chosen["q"])
-    else:
-        raise UserError(
-            f"method={method.name} sets no noise for filter={own.get('name')}; give filter.q or filter.time_constant"
-        )
+    own_noise = _noise("filter", own)
+    default_noise = _noise("method.filter_defaults", defaults)
+    time_constant, q = own_noise if own_noise != (None, None) else default_noise
+    v = _number("filter.v", own.get("v"))
+    v = _number("method.filter_defaults.v", defaults.get("v")) if v is None else v
+    v = 1.0 if v is None else v
     _above("filter.v", v, 0)
+    if time_constant is not None:
+        q = q_of(time_constant, v)
+    elif q is None:
+        raise UserError(
+            f"method={method.name} sets no noise for filter={own['name']}; give filter.q or filter.time_constant"
+        )
     _above("filter.q", q, 0)
+    if _number("filter.p0", own.get("p0", 0.0)) is None:
+        raise UserError("filter.p0=null must be a number")
     return {**own, "q": q, "v": v, "time_constant": None}
+
+
+def q_of(time_constant: float, v: float) -> float:
+    """Q whose steady filter forgets by a factor e in `time_constant` tokens: 4 sinh^2(1 / (2 tau)) V."""
+    _above("filter.time_constant", time_constant, 0)
+    try:
+        q = 4 * math.sinh(1 / (2 * time_constant)) ** 2 * v
+    except OverflowError:
+        q = math.inf
+    if not 0 < q < math.inf:
+        raise UserError(f"filter.time_constant={time_constant} tokens cannot be expressed as a noise; give filter.q")
+    return q
+
+
+def _noise(prefix: str, parameters: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Time constant and Q as given under `prefix`: at most one of them."""
+    time_constant = _number(f"{prefix}.time_constant", parameters.get("time_constant"))
+    q = _number(f"{prefix}.q", parameters.get("q"))
+    if time_constant is not None and q is not None:
+        raise UserError(
+            f"{prefix}.q={q} and {prefix}.time_constant={time_constant} both say how slowly the filter moves; "
+            f"give one of them"
+        )
+    return time_constant, q
+
+
+def _number(key: str, value: Any) -> float | None:
+    return None if value is None else _convert_scalar(float, value, key)
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
@@ -191,7 +247,7 @@ def as_dict(config: TrainConfig) -> dict[str, Any]:
 
 def model_label(model: ModelConfig) -> str:
     """A short name for directories: the preset's, or the last part of the path."""
-    return Path(model.path).name if model.name == "hub" and model.path else model.name
+    return Path(os.path.abspath(model.path)).name if model.name == "hub" and model.path else model.name
 
 
 def data_label(data: DataConfig) -> str:
@@ -263,5 +319,12 @@ def _above(key: str, value: float, bound: float) -> None:
 
 
 def _at_least(key: str, value: float | None, bound: int, why: str = "") -> None:
-    if value is not None and not value >= bound:
-        raise UserError(f"{key}={value} must be at least {bound}{': ' + why if why else ''}")
+    if value is not None and not bound <= value < math.inf:
+        limit = "finite" if value == math.inf else f"at least {bound}"
+        raise UserError(f"{key}={value} must be {limit}{': ' + why if why else ''}")
+
+
+def _label(key: str, value: str) -> None:
+    """A name that becomes a part of a directory's name."""
+    if not value or "/" in value:
+        raise UserError(f"{key}={value} must be a name without a slash")

@@ -8,8 +8,10 @@ Hydra's own behaviour stays: overrides, groups, --cfg, --help, -m, plugins. Four
 """
 
 import difflib
+import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -17,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from kpo_cli.errors import UserError
+from kpo_cli.runs import check_new, missing_parents, remove_empty
 
 IMPLIED_GROUPS = {"model.path": "model=hub", "data.path": "data=file"}
-OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"} | {
-    *("--config-dir", "-cd", "--experimental-rerun")
-}
+OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+OPTIONS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun"}
+INFO_OPTIONS = {"--info", "-i"}
+INFO_TOPICS = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
+SHOW_TRACES = os.environ.get("HYDRA_FULL_ERROR") == "1"
+"""Whether the user asked for stack traces: read here, because the variable is set for Hydra's sake later on."""
 
 
 def conf_dir() -> Path:
@@ -40,38 +46,37 @@ def run_with_hydra(command: str, job: Callable[[dict[str, Any]], None], argument
     flags, overrides = split_arguments(arguments)
     _check_flags(command, flags)
     _check_overrides(command, flags, overrides)
-    overrides = _with_implied_groups(overrides)
-    sweep_dir = None
+    overrides = _with_implied_groups(_without_null_experiment(overrides))
+    created: list[Path] = []
     if {"-m", "--multirun"} & set(flags):
         overrides, sweep_dir = _with_sweep_dir(overrides)
-    show_traces = "HYDRA_FULL_ERROR" in os.environ
+        created = [sweep_dir, *missing_parents(sweep_dir)] if not sweep_dir.exists() else []
+    logging.raiseExceptions = False  # a closed pipe, as with `--info | head`, is no reason for a stack trace
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are, instead of sys.exit(1)
     sys.argv = [f"kpo {command}", *flags, *overrides]
     failures: list[UserError] = []
-    task = _as_task(job, failures)
+    task = _as_task(command, job, failures)
     main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(task)
     try:
         main()
     except Exception as error:
-        _remove_empty_sweep(sweep_dir)
+        _remove_empty_sweep(created)
         message = _explain(command, error)
-        if show_traces or message is None:
+        if SHOW_TRACES or message is None:
             raise
         raise UserError(message) from error
     if failures:
         raise failures[0]
 
 
-def _as_task(job: Callable[[dict[str, Any]], None], failures: list[UserError]) -> Callable[[Any], None]:
+def _as_task(command: str, job: Callable[[dict[str, Any]], None], failures: list[UserError]) -> Callable[[Any], None]:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
 
     def task(config: Any) -> None:
         hydra_config = HydraConfig.get()
         try:
-            raw: Any = OmegaConf.to_container(config, resolve=True)
-            job({**raw, "overrides": list(hydra_config.overrides.task)})
+            job({**_as_containers(command, config), "overrides": list(hydra_config.overrides.task)})
         except UserError as error:
             if hydra_config.mode != RunMode.RUN:
                 raise  # a launcher must see that its job failed
@@ -80,16 +85,27 @@ def _as_task(job: Callable[[dict[str, Any]], None], failures: list[UserError]) -
     return task
 
 
+def _as_containers(command: str, config: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(command, error)) from error
+    return plain
+
+
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Options (with their values) and overrides, each in order."""
     flags, overrides, rest = [], [], list(arguments)
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith("-"):
+        if not argument.startswith("-") or argument == "-":
             overrides.append(argument)
             continue
         flags.append(argument)
-        if argument in OPTIONS_WITH_VALUE and rest:
+        if rest and (argument in OPTIONS_WITH_VALUE or (argument in INFO_OPTIONS and rest[0] in INFO_TOPICS)):
             flags.append(rest.pop(0))
     return flags, overrides
 
@@ -109,22 +125,33 @@ def _check_flags(command: str, flags: list[str]) -> None:
             close = _closest(name.lstrip("-").replace("-", "_"), _config_keys(command))
             hint = f", did you mean {close}=...?" if close else ""
             raise UserError(f"no such option {name}; settings are written key=value{hint}")
-    parser.parse_args(flags)
+    given = parser.parse_args(flags)
+    if given.resolve and not (given.cfg or given.help):
+        refuse("--resolve goes with --cfg or --help")
+    if sum(map(bool, (given.run, given.multirun, given.cfg, given.info, given.shell_completion))) > 1:
+        refuse("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")
+    if given.experimental_rerun and not Path(given.experimental_rerun).is_file():
+        refuse(f"--experimental-rerun {given.experimental_rerun}: no such file")
 
 
 def _check_overrides(command: str, flags: list[str], overrides: list[str]) -> None:
     """What Hydra would accept in silence or refuse without saying which."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
+    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
     for override in overrides:
-        try:
-            parser.parse_override(override)
-        except HydraException:
-            raise UserError(
-                f"cannot read {override!r}; settings are written key=value, and [ ] {{ }} , quoted for the shell"
-            ) from None
+        parsed = _parse(override)
+        if parsed is None:
+            raise UserError(f"cannot read {override!r}; {_how_to_write(override)}")
+        if parsed.key_or_group == "filter.name":  # the other keys would stay those of the old filter
+            raise UserError(f"{override}: a filter is chosen as a group, filter=NAME")
+        swept = parsed.is_sweep_override()
+        chosen = [parsed.value()] if not swept else list(parsed.sweep_iterator()) if parsed.is_choice_sweep() else []
+        if override == "experiment=null" or parsed.is_delete():
+            continue
+        if parsed.key_or_group in groups:
+            for option in chosen:
+                if not isinstance(option, str) or option in ("", "null"):
+                    options = sorted(path.stem for path in (conf_dir() / parsed.key_or_group).glob("*.yaml"))
+                    raise UserError(f"{override}: choose one {parsed.key_or_group} of: {', '.join(options)}")
     experiments = {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}
     for override in overrides:
         # The experiment is optional in the defaults list, so Hydra passes over a name that does not exist.
@@ -132,6 +159,44 @@ def _check_overrides(command: str, flags: list[str], overrides: list[str]) -> No
         own_dir = {"--config-dir", "-cd"} & set(flags)
         if name != override and name != "null" and "," not in name and name not in experiments and not own_dir:
             raise UserError(f"experiment={name} does not exist; {_hint(name, sorted(experiments))}")
+
+
+def _parse(override: str) -> Any:
+    """Hydra's Override, or None where it is not one."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override.encode()
+        parsed = OverridesParser.create().parse_override(override)
+    except (HydraException, UnicodeEncodeError):
+        return None
+    return parsed if parsed.key_or_group else None
+
+
+def _how_to_write(override: str) -> str:
+    key, equals, value = override.partition("=")
+    quoted = f"{key}={quote_value(value)}"
+    if equals and value and not {value[0], value[-1]} & set("[]{}'\"") and _parse(quoted):
+        return f"its value needs quotes of its own: {shlex.quote(quoted)}"
+    return "settings are written key=value, and [ ] { } , quoted for the shell"
+
+
+def quote_value(value: str) -> str:
+    """A value in quotes of Hydra's grammar, so that it is taken as it stands."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(value, Quote.single if '"' in value else Quote.double).with_quotes()
+
+
+def value_of(override: str) -> str:
+    """The value of an override as a text, its quotes taken off."""
+    return str(_parse(override).value())
+
+
+def _without_null_experiment(overrides: list[str]) -> list[str]:
+    """Hydra removes a group with `~experiment`, and fails on the `experiment=null` that one would write."""
+    return ["~experiment" if override == "experiment=null" else override for override in overrides]
 
 
 def _with_implied_groups(overrides: list[str]) -> list[str]:
@@ -148,17 +213,19 @@ def _with_sweep_dir(overrides: list[str]) -> tuple[list[str], Path]:
     """A sweep lives in one directory: `run_dir=DIR` names it, else it is named by the time."""
     given = [o for o in overrides if o.startswith("hydra.sweep.dir=")]
     if given:
-        return overrides, Path(given[-1].split("=", 1)[1])
-    named = [o for o in overrides if o.startswith("run_dir=") and "," not in o]
-    path = named[-1].split("=", 1)[1] if named else f"outputs/sweeps/{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    return [*(o for o in overrides if o not in named), f"hydra.sweep.dir={path}"], Path(path)
+        return overrides, Path(value_of(given[-1]))
+    named = [o for o in overrides if o.startswith("run_dir=") and not _parse(o).is_sweep_override()]
+    path = value_of(named[-1]) if named else f"outputs/sweeps/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    if not Path(path).is_dir():  # a second sweep may go where a first one is
+        check_new(Path(path))
+    return [*(o for o in overrides if o not in named), f"hydra.sweep.dir={quote_value(path)}"], Path(path)
 
 
-def _remove_empty_sweep(sweep_dir: Path | None) -> None:
+def _remove_empty_sweep(created: list[Path]) -> None:
     """Hydra makes the sweep's directory before it looks at the overrides; take it away if no job came of it."""
-    if sweep_dir and sweep_dir.is_dir() and {p.name for p in sweep_dir.iterdir()} <= {"multirun.yaml"}:
-        (sweep_dir / "multirun.yaml").unlink(missing_ok=True)
-        sweep_dir.rmdir()
+    if created and created[0].is_dir() and {p.name for p in created[0].iterdir()} <= {"multirun.yaml"}:
+        (created[0] / "multirun.yaml").unlink(missing_ok=True)
+        remove_empty(created)
 
 
 def _explain(command: str, error: Exception) -> str | None:
@@ -205,13 +272,19 @@ def _config_keys(command: str) -> list[str]:
 
 
 def _closest(name: str, known: list[str]) -> str | None:
-    """The nearest of the dotted keys, by the whole name or else by its last part (`stepz` for `trainer.steps`)."""
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return close[0]
-    by_last = {key.rpartition(".")[2]: key for key in reversed(known)}
-    close = difflib.get_close_matches(name.rpartition(".")[2], by_last, n=1)
-    return by_last[close[0]] if close else None
+    """The nearest of the dotted keys: one of the same group, or else by the whole name or the last part.
+
+    `trainer.stepz` and `stepz` both stand for `trainer.steps`; a wrong key of a known group is not that group.
+    """
+    group, _, last = name.rpartition(".")
+    parts = [key.rpartition(".") for key in known]
+    siblings = {own: key for key, (prefix, _, own) in zip(known, parts, strict=True) if prefix == group}
+    anywhere = {own: key for key, (_, _, own) in reversed(list(zip(known, parts, strict=True)))}
+    whole = {} if group and siblings else {key: key for key in known}
+    for wanted, names in ((last, siblings), (name, whole), (last, anywhere)):
+        if close := difflib.get_close_matches(wanted, names, n=1):
+            return names[close[0]]
+    return None
 
 
 def _hint(name: str, known: list[str]) -> str:

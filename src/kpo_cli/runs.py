@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -33,13 +34,17 @@ class RunDir:
     def create(cls, path: Path, config: dict[str, Any], manifest: dict[str, Any]) -> "RunDir":
         """Make the directory whole: it appears under its name with config and manifest inside, or not at all."""
         check_new(path)
-        draft = path.parent / f".{path.name}.{os.getpid()}"
+        place = path.resolve()  # a link to an empty directory stays a link
+        draft = place.parent / f".{place.name}.{os.getpid()}"
+        parents = missing_parents(place)
         try:
             draft.mkdir(parents=True)
             write_text(draft / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
             write_text(draft / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-            draft.rename(path)
+            draft.rename(place)
         except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            remove_empty(parents)
             raise UserError(f"cannot make run_dir={path} ({error.strerror}); choose another run_dir=") from None
         run = cls(path)
         run.lock()
@@ -48,7 +53,11 @@ class RunDir:
     @classmethod
     def open(cls, path: Path) -> "RunDir":
         """An existing run, locked for writing."""
-        if not (path / "config.yaml").is_file():
+        try:
+            found = (path / "config.yaml").is_file()
+        except OSError as error:
+            raise UserError(f"resume={path} cannot be read ({error.strerror})") from None
+        if not found:
             raise UserError(f"resume={path}: not a run directory (it has no config.yaml)")
         run = cls(path)
         run.lock()
@@ -61,7 +70,10 @@ class RunDir:
         self._lock.close()
 
     def lock(self) -> None:
-        self._lock = (self.path / ".lock").open("w")
+        try:
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"cannot write in {self.path} ({error.strerror}); mend its permissions") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -72,6 +84,8 @@ class RunDir:
             plain: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
         except Exception as error:
             raise UserError(f"{self.path}/config.yaml cannot be read: {first_line(error)}") from None
+        if not isinstance(plain, dict):
+            raise UserError(f"{self.path}/config.yaml is not a configuration; put back what was there")
         return plain
 
     def write_config(self, config: dict[str, Any]) -> None:
@@ -86,14 +100,14 @@ class RunDir:
         write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(metrics)) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The metrics written so far; a last line that was cut off by a kill is left out."""
         path = self.path / "metrics.jsonl"
         rows = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
             with suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
         return rows
@@ -111,13 +125,33 @@ class RunDir:
 
 def check_new(path: Path) -> None:
     """Raise UserError if a new run cannot be made at `path`."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        place = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot make run_dir={path} ({reason}); choose another run_dir=") from None
+    if taken:
         raise UserError(f"run_dir={path} exists already; go on with resume={path} or choose another run_dir=")
-    parent = next(p for p in path.absolute().parents if p.exists())
+    if place == Path.cwd():
+        raise UserError("run_dir= is the directory you are in; choose another, such as run_dir=runs/a")
+    parent = next(p for p in place.parents if p.exists())
     if not parent.is_dir():
         raise UserError(f"run_dir={path}: {parent} is a file; choose another run_dir=")
     if not os.access(parent, os.W_OK):
         raise UserError(f"run_dir={path}: no permission to write in {parent}; choose another run_dir=")
+
+
+def missing_parents(path: Path) -> list[Path]:
+    """The directories above `path` that do not exist yet, the deepest first."""
+    return [parent for parent in path.absolute().parents if not parent.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those directories that are empty, in order; for what was made on the way to something that failed."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def default_run_dir(label: str) -> Path:
@@ -151,7 +185,7 @@ def sha256_of(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("w") as file:
+    with draft.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from reference import kalman, kalman_dense
 
 from kpo_cli.core import kalman_filter, kalman_meaning, q_over_v_of
-from kpo_cli.core.filters import Identity, Kalman, SequenceMean, exponential_scan
+from kpo_cli.core.filters import Identity, Kalman, SequenceMean
+from kpo_cli.core.scans import exponential_scan
 
 RATIOS = [1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e2]
 
@@ -157,8 +158,8 @@ def test_what_a_setting_means():
 def test_sequence_mean_and_identity():
     z = torch.tensor([[1.0, 3.0, float("nan")], [2.0, 4.0, 6.0]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    assert SequenceMean()(z, mask).tolist() == [[2.0, 2.0, 0.0], [4.0, 4.0, 4.0]]
-    assert Identity()(z, mask).tolist() == [[1.0, 3.0, 0.0], [2.0, 4.0, 6.0]]
+    assert SequenceMean()(z, mask, z).tolist() == [[2.0, 2.0, 0.0], [4.0, 4.0, 4.0]]
+    assert Identity()(z, mask, z).tolist() == [[1.0, 3.0, 0.0], [2.0, 4.0, 6.0]]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,16 @@ from kpo_cli.core.filters import kalman_filter, kalman_meaning, q_over_v_of
 from kpo_cli.core.log_probs import token_log_probs
 from kpo_cli.core.methods import build_objective, list_methods, load_objective
 from kpo_cli.core.objective import Objective, ObjectiveOutput
+from kpo_cli.core.penalties import MaskedImportance, ReferenceKL, TruncatedImportance
 
 __all__ = [
     "Denominators",
     "GroupAdvantages",
+    "MaskedImportance",
     "Objective",
     "ObjectiveOutput",
+    "ReferenceKL",
+    "TruncatedImportance",
     "build_objective",
     "group_normalised",
     "kalman_filter",

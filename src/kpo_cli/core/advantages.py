@@ -13,11 +13,14 @@ class GroupAdvantages(NamedTuple):
     """(N / group_size,) bool: groups whose rewards are all equal; their advantages are exactly 0."""
 
 
-def group_normalised(rewards: Tensor, group_size: int, epsilon: float = 1e-6) -> GroupAdvantages:
+def group_normalised(
+    rewards: Tensor, group_size: int, epsilon: float = 1e-6, divide_by_std: bool = True
+) -> GroupAdvantages:
     """A = (r - mean) / (std + epsilon) inside each group (GRPO, 2402.03300, section 4.1.2).
 
-    `rewards` (N,) holds whole groups, one after the other. The standard deviation is the sample one (n - 1), as in the
-    authors' code; `epsilon` 1e-6. A group without variance gets exactly 0, not rounding noise over epsilon.
+    `rewards` (N,) holds whole groups, one after the other. The standard deviation is the sample one (n - 1), as in
+    the authors' code; `divide_by_std=False` leaves it out (Dr. GRPO, 2503.20783). A group without variance gets
+    exactly 0, not rounding noise over epsilon.
     """
     if group_size < 2:
         raise ValueError(f"group_size={group_size} must be at least 2: an advantage is relative to the group")
@@ -26,6 +29,6 @@ def group_normalised(rewards: Tensor, group_size: int, epsilon: float = 1e-6) ->
     groups = rewards.to(torch.float64).view(-1, group_size)
     zero_variance = (groups == groups[:, :1]).all(-1)
     centred = groups - groups.mean(-1, keepdim=True)
-    advantages = centred / (groups.std(-1, keepdim=True) + epsilon)
+    advantages = centred / (groups.std(-1, keepdim=True) + epsilon) if divide_by_std else centred
     advantages = torch.where(zero_variance[:, None], 0.0, advantages)
     return GroupAdvantages(advantages.flatten().float(), zero_variance)

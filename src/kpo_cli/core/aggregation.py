@@ -44,7 +44,26 @@ class TokenMean:
         return token_loss.sum() / denominators.tokens
 
 
-AGGREGATIONS: dict[str, Callable[[], Aggregation]] = {
+@dataclass(frozen=True)
+class ConstantLength:
+    """Sum over the tokens of a response divided by a constant `length`, then mean over responses (2503.20783).
+
+    Dr. GRPO: a token weighs the same in a short and in a long response. `length` is the most tokens that a response
+    may have (`rollout.max_response_tokens`).
+    """
+
+    length: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"length={self.length} must be at least 1")
+
+    def __call__(self, token_loss: Tensor, mask: Tensor, denominators: Denominators) -> Tensor:
+        return token_loss.sum() / (self.length * denominators.sequences)
+
+
+AGGREGATIONS: dict[str, Callable[..., Aggregation]] = {
     "seq_mean_token_mean": SeqMeanTokenMean,
     "token_mean": TokenMean,
+    "constant_length": ConstantLength,
 }

@@ -11,6 +11,26 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Mean:
+    """A mean that is not divided yet, so that parts can be added."""
+
+    total: float
+    number: float
+
+    @classmethod
+    def of(cls, values: Tensor, mask: Tensor) -> "Mean":
+        """Over the valid tokens; tensors (B, T)."""
+        return cls(float(values.detach()[mask].double().sum()), float(mask.sum()))
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.number + other.number)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.number if self.number else float("nan")
+
+
+@dataclass(frozen=True)
 class RatioSums:
     """Sums over valid tokens, in float64, of the raw log-ratio z and of what the surrogate cut; they add up."""
 

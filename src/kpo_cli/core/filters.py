@@ -1,31 +1,40 @@
 """Ratio filters: what becomes of the log-ratio of a response before the surrogate sees it.
 
-A filter maps `z` (B, T), the detached token log-ratios, and `mask` (B, T), true on the tokens of the response, to
-the filtered log-ratios (B, T), zero outside the mask. Responses are rows and time runs along the last axis; a row
-is never mixed with another. All arithmetic is float64, whatever comes in: the clip widths that follow are a few
-1e-4, and float32 cumulative sums lose them.
+A filter maps `z` (B, T), the detached token log-ratios, `mask` (B, T), true on the tokens of the response, and
+`old_log_probs` (B, T) to the filtered log-ratios (B, T), zero outside the mask. Responses are rows and time runs along
+the last axis; a row is never mixed with another. A row begins at its first valid token, so padding on either side
+changes nothing; a gap inside a row (tool output, say) is time that passes unobserved. All arithmetic is float64,
+whatever comes in: the clip widths that follow are a few 1e-4, and float32 cumulative sums lose them.
 
 The Kalman filter is that of He et al., arXiv 2602.10609 (KPO):
 
-    x_t = x_{t-1} + w_t,  w_t ~ N(0, Q)        z_t = x_t + v_t,  v_t ~ N(0, V)        x_0 = 0, P_0 = p0
+    x_t = x_{t-1} + w_t,  w_t ~ N(0, Q)        z_t = x_t + v_t,  v_t ~ N(0, V_t)        x_0 = 0, P_0 = p0
+    predict  P- = P + Q        gain  K = P- / (P- + V_t)        update  x += K (z - x),  P = (1 - K) P-
 
-Only q = Q/V and p0/V matter for x. With eta = 2 asinh(sqrt(q)/2) and lambda = exp(-eta) its gain has a closed
-form, so the recursion is an exponential moving average with known weights on the way in and out (`_gain_terms`),
-and that is a chunked scan (`exponential_scan`) instead of a loop over tokens.
+With one V for all tokens only q = Q/V and p0/V matter for x, and the gain has a closed form (`kpo_cli.core.scans`).
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from kpo_cli.core.checks import as_mask, check_finite, check_same_shape
-
-CHUNK = 32
-"""Tokens per block of the scan. 16 to 64 measure alike; 32 is the middle."""
+from kpo_cli.core import noise
+from kpo_cli.core.checks import check_finite, check_same_shape
+from kpo_cli.core.recursion import (
+    constant_gain_states,
+    eta_of,
+    finished,
+    kalman_gains,
+    kalman_states,
+    prepared,
+    states_of_gains,
+)
+from kpo_cli.core.robust import saturated_scan
+from kpo_cli.core.scans import riccati_gains
 
 
 class RatioFilter(Protocol):
@@ -35,7 +44,7 @@ class RatioFilter(Protocol):
     def straight_through(self) -> bool:
         """True: the output is treated as a constant and the gradient is that of the raw log-probability."""
 
-    def __call__(self, z: Tensor, mask: Tensor) -> Tensor: ...
+    def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Identity:
 
     straight_through: ClassVar[bool] = True
 
-    def __call__(self, z: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
         return torch.where(mask, z, 0.0)
 
 
@@ -58,10 +67,54 @@ class SequenceMean:
 
     straight_through: bool = False
 
-    def __call__(self, z: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
         count = mask.sum(-1, keepdim=True).clamp(min=1)
         mean = torch.where(mask, z, 0.0).sum(-1, keepdim=True) / count
         return torch.where(mask, mean, 0.0)
+
+
+@dataclass(frozen=True)
+class PrefixSum:
+    """The log-ratio of the whole prefix, sum of z_1 .. z_t: what importance sampling of a prefix asks for (CTPO)."""
+
+    straight_through: ClassVar[bool] = True
+
+    def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
+        values, mask, _ = prepared(z, mask)
+        return finished(values.cumsum(-1), mask, z.dtype)
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Exponential moving average with a constant `gain`, x += gain (z - x) at observed tokens, x_0 = 0."""
+
+    gain: float = 0.03
+    straight_through: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gain <= 1:
+            raise ValueError(f"filter.gain={self.gain} must be above 0 and at most 1")
+
+    def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
+        values, mask, age = prepared(z, mask)
+        return finished(constant_gain_states(values, mask, age, self.gain), mask, z.dtype)
+
+
+@dataclass(frozen=True)
+class SteadyKalman:
+    """The Kalman filter with its gain at the limit K_inf(Q/V) from the first token on: the null hypothesis for KPO."""
+
+    q: float = 1e-6
+    v: float = 1.0
+    straight_through: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_noise(self.q, self.v, 0.0)
+
+    def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
+        values, mask, age = prepared(z, mask)
+        gain = -math.expm1(-eta_of(self.q / self.v))
+        return finished(constant_gain_states(values, mask, age, gain), mask, z.dtype)
 
 
 @dataclass(frozen=True)
@@ -74,22 +127,143 @@ class Kalman:
     straight_through: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, value, low in (
-            ("q", self.q, "above 0"),
-            ("v", self.v, "above 0"),
-            ("p0", self.p0, "at least 0"),
-        ):
-            if not math.isfinite(value) or value < 0 or (value == 0 and low == "above 0"):
-                raise ValueError(f"filter.{name}={value} must be a finite number {low}")
+        _check_noise(self.q, self.v, self.p0)
 
-    def __call__(self, z: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
         return kalman_filter(z, mask, q=self.q, v=self.v, p0=self.p0)
+
+
+@dataclass(frozen=True)
+class HeteroKalman:
+    """Kalman filter whose observation noise knows how sure the old policy was: V_t = v max(1 - p_t, miss_floor)^gamma.
+
+    p_t is the old probability of the sampled token. Measured on ratios of small policies, this predicts held-out
+    ratios far better than a constant V: a token that was nearly certain has nearly no noise. `miss_floor` keeps V_t
+    above zero. Only q/v and gamma matter for x.
+    """
+
+    q: float = 1e-6
+    v: float = 1.0
+    gamma: float = 2.8
+    miss_floor: float = 1e-4
+    p0: float = 0.0
+    straight_through: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_noise(self.q, self.v, self.p0)
+        if not (math.isfinite(self.gamma) and self.gamma >= 0):
+            raise ValueError(f"filter.gamma={self.gamma} must be a finite number, at least 0")
+        if not 0 < self.miss_floor <= 1:
+            raise ValueError(f"filter.miss_floor={self.miss_floor} must be above 0 and at most 1")
+
+    def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
+        check_finite("old_log_probs", old_log_probs, mask)
+        miss = -torch.expm1(torch.where(mask, old_log_probs, 0.0).double())
+        variance = self.v * miss.clamp(min=self.miss_floor) ** self.gamma
+        return kalman_filter_varying(z, mask, q=self.q, variance=variance, p0=self.p0)
+
+
+@runtime_checkable
+class AdaptiveFilter(RatioFilter, Protocol):
+    """A filter whose noise is fitted to recent log-ratios, once for each rollout batch.
+
+    It stays frozen: `refit` returns another one. All its state is a vector of sums, which add up over ranks and
+    micro-batches and are forgotten at the rate 1 - `memory`; the trainer keeps them and puts them in the checkpoint.
+    """
+
+    @property
+    def memory(self) -> float: ...
+
+    def sums(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor: ...
+
+    def refit(self, sums: Tensor) -> tuple["AdaptiveFilter", str | None]:
+        """The filter fitted to `sums`, and a line for the user where the fit says something unusual."""
+
+
+@dataclass(frozen=True)
+class AdaptiveKalman(Kalman):
+    """Kalman filter with Q and V by maximum likelihood on recent off-policy log-ratios (`kpo_cli.core.noise`).
+
+    `q` and `v` are where it starts. On real ratios the most likely Q is often 0, no drift beyond the noise; then Q/V
+    is `floor`, and `refit` says so. `memory` is the weight of the past at each new batch.
+    """
+
+    floor: float = 1e-8
+    memory: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_memory(self.memory)
+        if not 1e-10 <= self.floor <= 1:
+            raise ValueError(f"filter.floor={self.floor} must be between 1e-10 and 1")
+
+    def sums(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
+        return noise.drift_sums(z, mask)
+
+    def refit(self, sums: Tensor) -> tuple["AdaptiveKalman", str | None]:
+        fit = noise.fit_drift(sums, self.floor)
+        note = None
+        if fit.on_floor:
+            note = f"the adaptive filter sees no drift beyond noise; Q/V stays on its floor {self.floor:g}"
+        return replace(self, q=fit.q, v=fit.v), note
+
+
+@dataclass(frozen=True)
+class AdaptiveHeteroKalman(HeteroKalman):
+    """HeteroKalman with `gamma` by maximum likelihood on recent off-policy log-ratios; Q/V stays as given."""
+
+    memory: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_memory(self.memory)
+
+    def sums(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
+        return noise.miss_sums(z, old_log_probs, mask, self.miss_floor)
+
+    def refit(self, sums: Tensor) -> tuple["AdaptiveHeteroKalman", str | None]:
+        v, gamma = noise.fit_miss(sums)
+        return replace(self, q=self.q / self.v * v, v=v, gamma=gamma), None
+
+
+@dataclass(frozen=True)
+class RobustKalman:
+    """Kalman filter whose innovations z - x are cut at `kappa` of their own standard deviations, sqrt(P- + V).
+
+    A single wild token then moves x by at most K kappa sqrt(P- + V). Unlike in the plain filter the scale of `v`
+    matters, not only Q/V: sqrt(v) should be about the spread of ordinary log-ratios.
+    """
+
+    q: float = 1e-10
+    v: float = 1e-4
+    kappa: float = 3.0
+    p0: float = 0.0
+    straight_through: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_noise(self.q, self.v, self.p0)
+        if not self.kappa > 0:
+            raise ValueError(f"filter.kappa={self.kappa} must be above 0")
+
+    def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
+        values, mask, age = prepared(z, mask)
+        gains = kalman_gains(mask, age, self.q / self.v, self.p0 / self.v)
+        # P- + V = V / (1 - K), from K = P- / (P- + V).
+        limit = self.kappa * torch.sqrt(self.v / (1 - gains))
+        return finished(saturated_scan(values, gains, limit), mask, z.dtype)
 
 
 FILTERS: dict[str, Callable[..., RatioFilter]] = {
     "identity": Identity,
     "sequence_mean": SequenceMean,
+    "prefix_sum": PrefixSum,
+    "ema": Ema,
+    "steady_kalman": SteadyKalman,
     "kalman": Kalman,
+    "kalman_hetero": HeteroKalman,
+    "kalman_hetero_fitted": AdaptiveHeteroKalman,
+    "kalman_adaptive": AdaptiveKalman,
+    "kalman_robust": RobustKalman,
 }
 
 
@@ -103,16 +277,20 @@ def kalman_filter(z: Tensor, mask: Tensor, *, q: float, v: float, p0: float = 0.
     Raises ValueError for wrong shapes, noise that is not positive, or a non-finite z on a valid token.
     """
     _check_noise(q, v, p0)
-    mask = as_mask(mask)
-    check_same_shape(z=z, mask=mask)
-    check_finite("z", z, mask)
-    values = torch.where(mask, z, 0.0).to(torch.float64)
-    age = mask.cumsum(-1)  # 1 at the first valid token
-    first = mask.int().argmax(-1, keepdim=True)
-    column = torch.arange(z.shape[-1], device=z.device)
-    gapless = bool(((column - first + 1 == age) | ~mask).all())
-    x = _filter_gapless(values, age, q / v, p0 / v) if gapless else _filter_serial(values, mask, age, q / v, p0 / v)
-    return torch.where(mask, x, 0.0).to(torch.promote_types(z.dtype, torch.float32))
+    values, mask, age = prepared(z, mask)
+    return finished(kalman_states(values, mask, age, q / v, p0 / v), mask, z.dtype)
+
+
+def kalman_filter_varying(z: Tensor, mask: Tensor, *, q: float, variance: Tensor, p0: float = 0.0) -> Tensor:
+    """`kalman_filter` with an observation variance for each token, `variance` (B, T), positive where `mask` is true."""
+    values, mask, age = prepared(z, mask)
+    check_same_shape(z=z, variance=variance)
+    check_finite("variance", variance, mask)
+    if bool((mask & (variance <= 0)).any()):
+        raise ValueError("variance must be above 0 on every valid token")
+    precision = torch.where(mask, 1 / torch.where(mask, variance, 1.0).double(), 0.0)
+    gains = riccati_gains(precision, (age > 0).double() * q, p0)
+    return finished(states_of_gains(values, gains), mask, z.dtype)
 
 
 def _check_noise(q: float, v: float, p0: float) -> None:
@@ -123,57 +301,9 @@ def _check_noise(q: float, v: float, p0: float) -> None:
         raise ValueError(f"filter.p0={p0} must be a finite number, at least 0")
 
 
-def _filter_gapless(z: Tensor, age: Tensor, q: float, p0: float) -> Tensor:
-    eta = 2 * math.asinh(math.sqrt(q) / 2)
-    weight_in, weight_out = _gain_terms(eta, p0, z.shape[-1], z.device)
-    return exponential_scan(weight_in[age] * z, -eta) / weight_out[age]
-
-
-def _gain_terms(eta: float, p0: float, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """h_t and g_t for t = 0 .. length with gain K_t = h_t / g_t, and g_t x_t = lambda g_{t-1} x_{t-1} + h_t z_t.
-
-    With d_t the denominator of the Riccati recursion, d_t = a e^(eta t) + (1 - a) e^(-eta t), these are
-    g_t = d_t e^(-eta t) and h_t = (d_t - d_{t-1}) e^(-eta t); the scaling keeps both within a few units of 1 at any
-    length. `expm1` and `excess` = 2a - 1 keep full precision where q is tiny and the plain form cancels.
-    """
-    t = torch.arange(length + 1, dtype=torch.float64, device=device)
-    excess = math.tanh(eta / 2) + (p0 / math.sinh(eta) if p0 else 0.0)
-    b = (1 - excess) / 2  # 1 - a
-    g = 1 + b * torch.expm1(-2 * eta * t)
-    h = -math.expm1(-eta) * (excess - b * torch.expm1(-(2 * t - 1) * eta))
-    return h, g
-
-
-def exponential_scan(u: Tensor, log_decay: float) -> Tensor:
-    """y_t = exp(log_decay) y_{t-1} + u_t along the last axis of `u` (B, T), float64, y_0 = 0.
-
-    Inside a block of CHUNK tokens it is one product with a constant lower-triangular Toeplitz matrix; the block ends
-    obey the same recursion with the decay of a whole block, so the function calls itself on them.
-    """
-    rows, length = u.shape
-    blocks = -(-length // CHUNK)
-    lag = torch.arange(CHUNK, dtype=u.dtype, device=u.device)
-    toeplitz = torch.exp(log_decay * (lag[None, :] - lag[:, None]).clamp(min=0)).triu()  # [from, to]
-    padded = torch.nn.functional.pad(u, (0, blocks * CHUNK - length)).view(rows, blocks, CHUNK)
-    y = padded @ toeplitz
-    if blocks > 1:
-        ends = exponential_scan(y[:, :, -1], log_decay * CHUNK)
-        y[:, 1:] += ends[:, :-1, None] * torch.exp(log_decay * (lag + 1))
-    return y.reshape(rows, blocks * CHUNK)[:, :length]
-
-
-def _filter_serial(z: Tensor, mask: Tensor, age: Tensor, q: float, p0: float) -> Tensor:
-    """The recursion token by token, for rows with unobserved tokens inside."""
-    x = torch.zeros_like(z[:, 0])
-    p = torch.full_like(x, p0)
-    out = []
-    for t in range(z.shape[-1]):
-        p = torch.where(age[:, t] > 0, p + q, p)
-        gain = torch.where(mask[:, t], p / (p + 1), 0.0)
-        x = x + gain * (z[:, t] - x)
-        p = (1 - gain) * p
-        out.append(x)
-    return torch.stack(out, dim=-1)
+def _check_memory(memory: float) -> None:
+    if not 0 <= memory < 1:
+        raise ValueError(f"filter.memory={memory} must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -191,11 +321,10 @@ class KalmanMeaning:
 
 def kalman_meaning(q: float, v: float, length: int) -> KalmanMeaning:
     """Steady gain, time constant (tokens) and share of a constant shift passed after `length` tokens, for p0 = 0."""
-    ratio = q / v
-    eta = 2 * math.asinh(math.sqrt(ratio) / 2)
+    eta = eta_of(q / v)
     # cosh(eta/2) / cosh(eta (t + 1/2)) with the growing exponential divided out.
     hidden = math.exp(-eta * length) * (1 + math.exp(-eta)) / (1 + math.exp(-eta * (2 * length + 1)))
-    return KalmanMeaning(ratio, -math.expm1(-eta), 1 / eta, 1 - hidden)
+    return KalmanMeaning(q / v, -math.expm1(-eta), 1 / eta, 1 - hidden)
 
 
 def q_over_v_of(time_constant: float) -> float:

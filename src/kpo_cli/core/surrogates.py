@@ -5,9 +5,10 @@ log-probability, with `log_probs` (B, T), `advantages` (B, T) and `mask` (B, T),
 is float32 or wider and zero outside the mask. A loss is to be minimised.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ class TokenLoss(NamedTuple):
 
 
 class Surrogate(Protocol):
+    @property
+    def sequence_level(self) -> bool:
+        """True: one weight a response, so a mismatch correction is one weight a response as well."""
+
     def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss: ...
 
 
@@ -34,12 +39,23 @@ def _check_widths(eps_low: float, eps_high: float) -> None:
         raise ValueError(f"eps_high={eps_high} must be above 0: the ratio is kept below 1 + eps_high")
 
 
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}={value} must be a finite number above 0")
+
+
+def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """Numbers by condition, in the dtype of `like`: `where` of two plain numbers would round them to float32."""
+    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
+
+
 @dataclass(frozen=True)
 class Clip:
     """PPO's clipped surrogate, -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), no dual clip (1707.06347, eq. 7)."""
 
     eps_low: float = 0.2
     eps_high: float = 0.2
+    sequence_level: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_widths(self.eps_low, self.eps_high)
@@ -57,6 +73,8 @@ class Clip:
 class Unclipped:
     """-r A, no limit at all (KPO-unclipped, 2602.10609)."""
 
+    sequence_level: ClassVar[bool] = False
+
     def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
         none = torch.zeros_like(mask)
         return TokenLoss(torch.where(mask, -advantages * log_ratio.exp(), 0.0), none, none)
@@ -68,6 +86,7 @@ class TruncatedWeight:
 
     eps_low: float = 0.2
     eps_high: float = 0.2
+    sequence_level: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_widths(self.eps_low, self.eps_high)
@@ -79,8 +98,155 @@ class TruncatedWeight:
         return TokenLoss(torch.where(mask, -weight * advantages * log_probs, 0.0), outside, outside)
 
 
+@dataclass(frozen=True)
+class CappedWeight:
+    """-sg[min(r, cap)] A log pi: only large weights are cut, and no token loses its gradient (CISPO, 2506.13585)."""
+
+    cap: float = 5.0
+    sequence_level: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive("cap", self.cap)
+
+    def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
+        ratio = log_ratio.detach().exp()
+        outside = mask & (ratio > self.cap)
+        loss = torch.where(mask, -ratio.clamp(max=self.cap) * advantages * log_probs, 0.0)
+        return TokenLoss(loss, outside, outside)
+
+
+@dataclass(frozen=True)
+class GeometricMean:
+    """-s A with s = exp(mean_t c_t) at each token of a response (GMPO, 2507.20673, eq. 4).
+
+    c_t is the log-ratio limited in the direction in which the advantage pushes: min(z_t, eps_high) where A > 0,
+    max(z_t, -eps_low) where A < 0. The limit acts before the mean, so this surrogate reduces over the response itself.
+    """
+
+    eps_low: float = 0.4
+    eps_high: float = 0.4
+    sequence_level: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_positive("eps_low", self.eps_low)
+        _check_positive("eps_high", self.eps_high)
+
+    def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
+        above, below = log_ratio > self.eps_high, log_ratio < -self.eps_low
+        active = mask & ((above & (advantages > 0)) | (below & (advantages < 0)))
+        limited = torch.where(active, log_ratio.detach().clamp(-self.eps_low, self.eps_high), log_ratio)
+        count = mask.sum(-1, keepdim=True).clamp(min=1)
+        mean = torch.where(mask, limited, 0.0).sum(-1, keepdim=True) / count
+        return TokenLoss(torch.where(mask, -advantages * mean.exp(), 0.0), active, mask & (above | below))
+
+
+@dataclass(frozen=True)
+class SoftGate:
+    """-(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A (SAPO, 2511.20347): a slope of 1 at r = 1, fading out."""
+
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+    sequence_level: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive("tau_positive", self.tau_positive)
+        _check_positive("tau_negative", self.tau_negative)
+
+    def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
+        tau = _choose(advantages > 0, self.tau_positive, self.tau_negative, log_ratio)
+        gate = 4 / tau * torch.sigmoid(tau * (log_ratio.exp() - 1))
+        none = torch.zeros_like(mask)
+        return TokenLoss(torch.where(mask, -gate * advantages, 0.0), none, none)
+
+
+@dataclass(frozen=True)
+class GrowingBand:
+    """PPO clip of a prefix ratio in a log-space band that grows as sqrt(t) (CTPO, 2605.07331, and its authors' code).
+
+    At the t-th token of the response log r is kept in [-eps_low sqrt(t), eps_high sqrt(t)], one-sided by the sign of A
+    as in PPO; where A < 0 the loss is also bounded from above, at eps_high sqrt(t) (a dual clip that grows as well).
+    """
+
+    eps_low: float = 0.025
+    eps_high: float = 0.05
+    sequence_level: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive("eps_low", self.eps_low)
+        _check_positive("eps_high", self.eps_high)
+
+    def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
+        root = mask.cumsum(-1).to(log_ratio.dtype).sqrt()
+        low, high = -self.eps_low * root, self.eps_high * root
+        above, below = log_ratio > high, log_ratio < low
+        active = mask & ((above & (advantages != 0)) | (below & (advantages < 0)))
+        limited = torch.where(active, torch.clamp(log_ratio.detach(), low, high), log_ratio)
+        return TokenLoss(torch.where(mask, -advantages * limited.exp(), 0.0), active, mask & (above | below))
+
+
+@dataclass(frozen=True)
+class SequenceKernel:
+    """-sg[phi(W)] A log pi with phi(W) = W^k exp(lambda (1 - W)), W the whole response's ratio (VESPO, 2602.10693).
+
+    W is a product over all tokens, not normalised by length; its logarithm is kept in [-18.42, 20] as in the authors'
+    code. phi(1) = 1, and phi fades out on both sides, by the sign of A at different speeds.
+    """
+
+    k_positive: float = 2.0
+    lambda_positive: float = 3.0
+    k_negative: float = 3.0
+    lambda_negative: float = 2.0
+    sequence_level: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("k_positive", "lambda_positive", "k_negative", "lambda_negative"):
+            _check_positive(name, getattr(self, name))
+
+    def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
+        total = torch.where(mask, log_ratio.detach(), 0.0).sum(-1, keepdim=True)
+        log_weight = total.clamp(math.log(1e-8), 20.0)
+        positive = advantages >= 0
+        k = _choose(positive, self.k_positive, self.k_negative, log_weight)
+        rate = _choose(positive, self.lambda_positive, self.lambda_negative, log_weight)
+        phi = (k * log_weight + rate * (1 - log_weight.exp())).exp()
+        none = torch.zeros_like(mask)
+        return TokenLoss(torch.where(mask, -phi * advantages * log_probs, 0.0), none, none)
+
+
+@dataclass(frozen=True)
+class ProbabilityMask:
+    """-sg[r] A log pi, without the tokens whose probability p moved too far where A pushes (DPPO, 2602.04879).
+
+    A token is left out if p - q > delta with A > 0, or p - q < -delta with A <= 0: |p - q| is the total variation
+    between the two policies on {this token, any other}. The paper measures q and r against the sampling engine;
+    here q is the old policy as the trainer computes it, and the engine's mismatch is corrected apart.
+    """
+
+    delta: float = 0.15
+    sequence_level: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta={self.delta} must be between 0 and 1: it is a difference of probabilities")
+
+    def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
+        z, p = log_ratio.detach(), log_probs.detach().exp()
+        # p - q = p (1 - exp(-z)), which keeps its digits where p and q are close.
+        moved = -p * torch.expm1(-z)
+        far = mask & (moved.abs() > self.delta)
+        active = far & torch.where(advantages > 0, moved > 0, moved < 0)
+        loss = -z.exp() * advantages * log_probs
+        return TokenLoss(torch.where(mask & ~active, loss, 0.0), active, far)
+
+
 SURROGATES: dict[str, Callable[..., Surrogate]] = {
     "clip": Clip,
     "unclipped": Unclipped,
     "truncated_weight": TruncatedWeight,
+    "capped_weight": CappedWeight,
+    "geometric_mean": GeometricMean,
+    "soft_gate": SoftGate,
+    "growing_band": GrowingBand,
+    "sequence_kernel": SequenceKernel,
+    "probability_mask": ProbabilityMask,
 }

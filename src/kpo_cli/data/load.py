@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +37,11 @@ def load_problems(config: DataConfig) -> ProblemSets:
     """Training and held-out problems. Raises UserError that names the file, the line and the fix."""
     if config.path is None:
         return _builtin(config)
-    path = Path(config.path).expanduser()
-    problems, duplicates = _read(path, config.fields)
+    path = Path(os.path.expanduser(config.path))  # Path.expanduser raises for a user who does not exist
+    try:
+        problems, duplicates = _read(path, config.fields)
+    except OSError as error:
+        raise UserError(f"data.path={path} cannot be read ({error.strerror}); give a file that can be") from None
     # At most a fifth: a small file should still be one to train on.
     heldout = min(config.heldout, len(problems) // 5)
     if heldout < 1:
@@ -50,23 +55,27 @@ def load_problems(config: DataConfig) -> ProblemSets:
 
 def _builtin(config: DataConfig) -> ProblemSets:
     operators, count = config.operators or 10, config.limit or 8192
-    train = arithmetic_problems("train", count, seed=config.seed, operators=operators)
-    heldout = arithmetic_problems("heldout", config.heldout, seed=config.seed, operators=operators)
+    try:
+        train = arithmetic_problems("train", count, seed=config.seed, operators=operators)
+        heldout = arithmetic_problems("heldout", config.heldout, seed=config.seed, operators=operators)
+    except ValueError as error:
+        raise UserError(f"{error}; lower data.limit and data.heldout or raise data.operators") from None
     digest = hashlib.sha256("\n".join(p.problem for p in train + heldout).encode())
     return ProblemSets(train, heldout, 0, digest.hexdigest())
 
 
 def _read(path: Path, fields: FieldNames) -> tuple[list[Problem], int]:
     if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
+        what = "is a directory" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
         raise UserError(f"data.path={path} {what}; give a .jsonl or .parquet file")
     readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise UserError(f"data.path={path}: {path.suffix or 'no'} suffix; give a .jsonl or .parquet file")
     problems: dict[str, Problem] = {}
     ids: set[str] = set()
     rows = 0
-    for where, row in readers[path.suffix](path):
+    for where, row in readers[suffix](path):
         rows += 1
         problem = _problem(where, row, fields, made_up_id=f"{path.stem}-{rows - 1}")
         if problem.problem in problems:
@@ -92,10 +101,12 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 raise UserError(f"{where}: not UTF-8 text; convert the file to UTF-8") from None
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); mend the line") from None
+            except ValueError as error:  # an integer of thousands of digits
+                raise UserError(f"{where}: {first_line(error).split(';')[0]}; mend the line") from None
             except RecursionError:
                 raise UserError(f"{where}: nested too deeply; each line must be one flat JSON object") from None
             if not isinstance(row, dict):
-                raise UserError(f"{where}: a {type(row).__name__}, not an object; each line must be a JSON object")
+                raise UserError(f"{where}: {_shown(row)} is not an object; each line must be one JSON object")
             yield where, row
 
 
@@ -104,10 +115,10 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        for batch in file.iter_batches():
-            for number, row in enumerate(batch.to_pylist()):
-                yield f"{path} (row {number + 1})", row
-    except (pyarrow.ArrowException, OSError) as error:
+        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{path} (row {number})", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.path={path} is not a readable parquet file: {first_line(error)}") from None
 
 
@@ -116,24 +127,42 @@ def _problem(where: str, row: dict[str, Any], fields: FieldNames, made_up_id: st
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: {fields.problem} must be a text that is not empty, found {_shown(text)}")
     answer = _field(where, row, "answer", fields.answer)
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise UserError(f"{where}: {fields.answer} must be a text or a number, found {_shown(answer)}")
-    own_id = row.get(fields.id)
-    return Problem(made_up_id if own_id is None else str(own_id), text, answer)
+    own_id = _lookup(row, fields.id)
+    problem = Problem(made_up_id if own_id in (None, _MISSING) else str(own_id), text, answer)
+    try:
+        f"{problem.id}{text}{answer}".encode()
+    except UnicodeEncodeError:  # JSON can write half a surrogate pair; no tokenizer takes it
+        raise UserError(f"{where}: holds half a character (a lone \\ud800 to \\udfff); mend the line") from None
+    return problem
+
+
+_MISSING = object()
 
 
 def _field(where: str, row: dict[str, Any], key: str, name: str) -> Any:
-    """The value of a field; dots lead into nested fields and lists (`prompt.0.content`)."""
+    value = _lookup(row, name)
+    if value is _MISSING:
+        has = ", ".join(row) or "no fields"
+        raise UserError(f"{where}: no field {name!r}; it has {has}; set data.fields.{key}=NAME")
+    return value
+
+
+def _lookup(row: dict[str, Any], name: str) -> Any:
+    """The value of a field, or _MISSING; dots lead into nested fields and lists (`prompt.0.content`)."""
+    if name in row:
+        return row[name]
     value: Any = row
     for part in name.split("."):
         if isinstance(value, dict) and part in value:
             value = value[part]
-        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
-            raise UserError(f"{where}: no field {name!r}; it has {', '.join(row)}; set data.fields.{key}=NAME")
+            return _MISSING
     return value
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from kpo_cli.config import DataConfig, ModelConfig
 from kpo_cli.data.problems import Problem
 from kpo_cli.errors import UserError
+from kpo_cli.runs import first_line
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,15 @@ class PromptBuilder:
             return Prompt(problem, text, self.tokenizer(text)["input_ids"])
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.kwargs)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.kwargs
+            )
+        except Exception as error:  # a template is a program of the model's author: it may raise anything
+            raise UserError(
+                f"the model's chat template fails ({first_line(error)}); check model.chat_template_kwargs and "
+                f"data.system_prompt, or leave it out with model.chat_template=none"
+            ) from None
         # The template writes its own special tokens.
         return Prompt(problem, text, self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -41,6 +50,8 @@ class PromptBuilder:
         """Prompts of at most `max_tokens` tokens, and how many were longer and left out."""
         prompts = [self.build(problem) for problem in problems]
         kept = [prompt for prompt in prompts if 0 < len(prompt.token_ids) <= max_tokens]
+        if not any(prompt.token_ids for prompt in prompts):
+            raise UserError(f"the model's tokenizer makes no tokens of the {what} prompts; is it whole?")
         if not kept:
             shortest = min(len(prompt.token_ids) for prompt in prompts)
             raise UserError(

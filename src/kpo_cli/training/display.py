@@ -24,9 +24,15 @@ class Display:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._accuracy = ""
+        self._warned: set[str] = set()
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False)
+
+    def warn_once(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
+            self.say(f"warning: {line}")
 
     def start(self, step: int) -> None:
         if not self.console.is_terminal:
@@ -77,14 +83,15 @@ class Display:
 
 def describe_filter(filter_parameters: dict[str, Any], length: int) -> list[str]:
     """What a Kalman setting means at responses of `length` tokens, and a warning where it means nothing."""
-    if filter_parameters["name"] != "kalman":
-        return [f"filter: {filter_parameters['name']}"]
-    meaning = kalman_meaning(filter_parameters["q"], filter_parameters["v"], length)
+    name, q, v = filter_parameters["name"], filter_parameters.get("q"), filter_parameters.get("v")
+    if q is None or v is None:
+        return [f"filter: {name}"]
+    meaning = kalman_meaning(q, v, length)
     lines = [
-        f"filter: kalman, Q/V = {meaning.q_over_v:.3g}: time constant {meaning.time_constant:,.0f} tokens, steady gain "
+        f"filter: {name}, Q/V = {meaning.q_over_v:.3g}: time constant {meaning.time_constant:,.0f} tokens, steady gain "
         f"{meaning.steady_gain:.3g}; {meaning.share_passed:.1%} of a constant shift shows after {length} tokens"
     ]
-    if meaning.share_passed < 0.05:
+    if meaning.share_passed < 0.05 and name in ("kalman", "kalman_robust"):
         lines.append(
             f"warning: the filter passes next to nothing in {length} tokens, so the ratio is 1 for every purpose; "
             f"for responses of this length try filter.time_constant={max(1, length // 3)}"

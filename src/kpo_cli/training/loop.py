@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from kpo_cli.config import TrainConfig
 from kpo_cli.core import group_normalised
+from kpo_cli.core.filters import AdaptiveFilter
 from kpo_cli.data.prompts import Prompt
 from kpo_cli.errors import RunInterrupted, RunStopped
 from kpo_cli.evaluation import evaluate_heldout
@@ -81,51 +82,116 @@ def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str
     """One rollout batch: sample, grade, learn. Advances `progress`."""
     config, clock = job.config.trainer, Clock()
     step = progress.step + 1
-    prompts = [job.train[i] for i in _next_prompts(job, progress)]
-    display.phase("sampling")
-    with clock("rollout"):
-        ids = [prompt.token_ids for prompt in prompts]
-        groups = job.sampler.sample(ids, config.group_size, (job.config.seed, ROLLOUT, step))
-    display.phase("grading")
-    with clock("reward"):
-        verdicts = _grade(job, prompts, groups)
-    rewards = torch.tensor([float(verdict.correct) for verdict in verdicts])
-    advantages, zero_variance = group_normalised(rewards, config.group_size, config.advantage_epsilon)
-    batch = make_batch(ids, groups, rewards, advantages)
+    groups, sampling_metrics = _sample(job, progress, clock, display)
+    rewards = torch.tensor([reward for group in groups for reward in group.rewards])
+    shaped = rewards - _overlong_penalty(job, groups)
+    advantages, _ = group_normalised(shaped, config.group_size, config.advantage_epsilon, config.advantage_std)
+    ids = [group.prompt.token_ids for group in groups]
+    batch = make_batch(ids, [group.responses for group in groups], rewards, advantages)
     display.phase("learning")
     with clock("update"):
         lr = learning_rate(step, config.lr, config.warmup_steps)
-        for group in job.updater.optimizer.param_groups:
-            group["lr"] = lr
+        for parameters in job.updater.optimizer.param_groups:
+            parameters["lr"] = lr
         try:
             record = job.updater.update(batch)
         except RunStopped as error:
             raise RunStopped(f"step {step}: {error}") from None
-    progress.step, progress.data_cursor = step, progress.data_cursor + len(prompts)
-    metrics = {"step": step, **_metrics(batch, record), "lr": lr}
-    metrics["zero_variance_fraction"] = float(zero_variance.float().mean())
-    metrics["grader_failures"] = sum(verdict.failed for verdict in verdicts)
-    metrics["epoch"] = progress.data_cursor / len(job.train)
+        filter_metrics = _refit(job, progress, batch, record, display)
+    progress.step = step
+    metrics = {"step": step, "epoch": progress.data_cursor / len(job.train), "lr": lr}
+    metrics |= {**_metrics(batch, record), **sampling_metrics, **filter_metrics}
+    if config.overlong_buffer:
+        metrics["shaped_reward_mean"] = float(shaped.mean())
     times = clock.times()
     return metrics | {"tokens_per_second": metrics["response_tokens"] / times["time_step"], **times}, batch, record
 
 
+class Group(NamedTuple):
+    """One prompt's responses."""
+
+    prompt: Prompt
+    responses: list[Response]
+    rewards: list[float]
+
+    @property
+    def flat(self) -> bool:
+        """All rewards equal: the group's advantages are 0."""
+        return len(set(self.rewards)) == 1
+
+
+def _sample(job: Training, progress: Progress, clock: "Clock", display: Display) -> tuple[list[Group], dict[str, Any]]:
+    """The step's groups, sampled and graded, and metrics of how they came about.
+
+    With dynamic sampling (DAPO, 2503.14476) more prompts are sampled, up to the configured number of rollouts, until
+    enough groups have both right and wrong answers; if too few are found, groups without variance fill the step.
+    """
+    config, step = job.config.trainer, progress.step + 1
+    pool: list[Group] = []
+    failures, rollouts = 0, 0
+    while rollouts < max(1, config.dynamic_sampling):
+        prompts = [job.train[i] for i in _next_prompts(job, progress)]
+        display.phase("sampling")
+        with clock("rollout"):
+            ids = [prompt.token_ids for prompt in prompts]
+            responses = job.sampler.sample(ids, config.group_size, (job.config.seed, ROLLOUT, step, rollouts))
+        display.phase("grading")
+        with clock("reward"):
+            verdicts = _grade(job, prompts, responses)
+        rewards = np.array([float(verdict.correct) for verdict in verdicts]).reshape(len(prompts), -1).tolist()
+        pool += map(Group, prompts, responses, rewards)
+        failures += sum(verdict.failed for verdict in verdicts)
+        rollouts += 1
+        if sum(not group.flat for group in pool) >= config.prompts_per_step:
+            break
+    flat = sum(group.flat for group in pool) / len(pool)
+    if rollouts > 1:  # the sort is stable: within each kind the order of sampling stays
+        pool = sorted(pool, key=lambda group: group.flat)[: config.prompts_per_step]
+    return pool, {"zero_variance_fraction": flat, "grader_failures": failures, "rollouts": rollouts}
+
+
+def _overlong_penalty(job: Training, groups: list[Group]) -> torch.Tensor:
+    """DAPO's soft overlong punishment (2503.14476, eq. 13): 0 up to L - C tokens, then linear to 1 at L. (N,)"""
+    lengths = torch.tensor([float(len(r.token_ids)) for group in groups for r in group.responses])
+    limit = job.config.rollout.max_response_tokens
+    buffer = job.config.trainer.overlong_buffer * limit
+    return ((lengths - (limit - buffer)) / buffer).clamp(0, 1) if buffer else torch.zeros_like(lengths)
+
+
+def _refit(job: Training, progress: Progress, batch: Batch, record: UpdateRecord, display: Display) -> dict[str, Any]:
+    """Let an adaptive filter learn from the step's off-policy tokens (on-policy z is 0 by construction)."""
+    ratio_filter = job.updater.objective.ratio_filter
+    if not isinstance(ratio_filter, AdaptiveFilter):
+        return {}
+    rows = record.mini_batch_index > 0
+    if rows.any():
+        new = ratio_filter.sums(record.log_ratio[rows], batch.response_mask[rows], record.old_log_probs[rows])
+        old = progress.filter_sums
+        sums = new if old is None else ratio_filter.memory * torch.tensor(old, dtype=torch.float64) + new
+        progress.filter_sums = sums.tolist()
+        if note := job.updater.refit(sums):
+            display.warn_once(note)
+    fitted = job.updater.objective.ratio_filter
+    return {f"filter_{name}": getattr(fitted, name) for name in ("q", "v", "gamma") if hasattr(fitted, name)}
+
+
 def _next_prompts(job: Training, progress: Progress) -> list[int]:
-    """Indices of the next prompts: every epoch is a permutation of its own."""
+    """Indices of the next prompts; every epoch is a permutation of its own. Advances the data cursor."""
     count, chosen = len(job.train), []
-    cursors = range(progress.data_cursor, progress.data_cursor + job.config.trainer.prompts_per_step)
     orders: dict[int, np.ndarray] = {}
-    for epoch, place in (divmod(cursor, count) for cursor in cursors):
+    for _ in range(job.config.trainer.prompts_per_step):
+        epoch, place = divmod(progress.data_cursor, count)
         if epoch not in orders:
             orders[epoch] = np.random.default_rng([job.config.seed, SHUFFLE, epoch]).permutation(count)
         chosen.append(int(orders[epoch][place]))
+        progress.data_cursor += 1
     return chosen
 
 
-def _grade(job: Training, prompts: list[Prompt], groups: list[list[Response]]) -> list[Verdict]:
+def _grade(job: Training, prompts: list[Prompt], responses: list[list[Response]]) -> list[Verdict]:
     pairs = [
         (job.policy.decode(response.token_ids), prompt.problem.answer)
-        for prompt, group in zip(prompts, groups, strict=True)
+        for prompt, group in zip(prompts, responses, strict=True)
         for response in group
     ]
     return grade_batch(pairs)
@@ -144,6 +210,7 @@ def _metrics(batch: Batch, record: UpdateRecord) -> dict[str, Any]:
         "reward_mean": float(batch.rewards.mean()),
         "reward_std": float(batch.rewards.std()),
         **record.sums.metrics(),
+        **{name: mean.value for name, mean in record.means.items()},
         "entropy": float(record.entropy.double().sum() / lengths.sum()),
         "rollout_log_prob_gap": _mismatch(batch, record),
         "grad_norm": float(np.mean(record.grad_norms)),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from kpo_cli.config import TrainConfig, as_dict, data_label, model_label, train_config
-from kpo_cli.core import Objective, build_objective
+from kpo_cli.config import RolloutConfig, TrainConfig, as_dict, data_label, model_label, train_config
+from kpo_cli.core import MaskedImportance, Objective, ReferenceKL, TruncatedImportance, build_objective
 from kpo_cli.data.load import ProblemSets, load_problems
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
@@ -59,6 +59,8 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         policy = load_policy(config.model, checkpoint)
         job, notes = _assemble(config, objective, problems, policy)
         progress = Progress() if checkpoint is None else restore(checkpoint, job.updater.optimizer)
+        if progress.filter_sums is not None:
+            job.updater.refit(torch.tensor(progress.filter_sums, dtype=torch.float64))
         last = config.trainer.steps
         if progress.step > last:
             raise UserError(f"{path} is at step {progress.step} already; trainer.steps={last} lies behind it")
@@ -96,25 +98,26 @@ def _value(config: dict[str, Any], key: str) -> Any:
 
 def make_objective(config: TrainConfig) -> Objective:
     """The objective of a configuration; a bad parameter becomes a UserError."""
-
-    def split(stage: dict[str, Any], what: str) -> tuple[str, dict[str, Any]]:
-        parameters = {name: value for name, value in stage.items() if name != "name" and value is not None}
-        if not isinstance(stage.get("name"), str):
-            raise UserError(f"{what}.name is missing; give {what}.name=...")
-        return stage["name"], parameters
-
-    filter_name, filter_parameters = split(config.filter, "filter")
-    surrogate_name, surrogate_parameters = split(config.method.surrogate, "method.surrogate")
+    trainer = config.trainer
+    # `time_constant` has become q by now (config.resolve_filter).
+    ratio_filter = {name: value for name, value in config.filter.items() if name != "time_constant"}
     try:
         return build_objective(
-            filter_name=filter_name,
-            filter_parameters=filter_parameters,
-            surrogate_name=surrogate_name,
-            surrogate_parameters=surrogate_parameters,
-            aggregation_name=config.method.aggregation,
+            filter=ratio_filter,
+            surrogate=config.method.surrogate,
+            aggregation=config.method.aggregation,
+            correction=_correction(config.rollout),
+            reference_kl=ReferenceKL(trainer.kl_coefficient, trainer.kl_estimator) if trainer.kl_coefficient else None,
+            entropy_bonus=trainer.entropy_bonus,
         )
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"method={config.method.name}: {error}") from None
+
+
+def _correction(rollout: RolloutConfig) -> TruncatedImportance | MaskedImportance | None:
+    cap = rollout.correction_cap
+    made = {"none": None, "truncate": TruncatedImportance(cap), "mask": MaskedImportance(1 / cap, cap)}
+    return made[rollout.correction]
 
 
 def _with_threads(config: TrainConfig, policy: Policy) -> TrainConfig:
@@ -155,6 +158,8 @@ def _assemble(
         micro_batch=trainer.micro_batch,
         max_grad_norm=trainer.max_grad_norm,
         mask_truncated=trainer.mask_truncated,
+        # The policy at the start of the run, whatever checkpoint this one goes on from.
+        reference=load_policy(config.model).model.requires_grad_(False) if trainer.kl_coefficient else None,
     )
     job = Training(config, policy, sampler, updater, train_prompts, heldout)
     counts = (problems.duplicates, dropped, heldout_dropped)
@@ -163,10 +168,9 @@ def _assemble(
 
 def _notes(job: Training, duplicates: int, dropped: int, heldout_dropped: int) -> list[str]:
     config = job.config
-    surrogate = ", ".join(f"{key} {value}" for key, value in config.method.surrogate.items() if key != "name")
     notes = [
-        f"method: {config.method.name} = {config.filter['name']} filter, {config.method.surrogate['name']} surrogate"
-        f"{f' ({surrogate})' if surrogate else ''}, {config.method.aggregation}",
+        f"method: {config.method.name} = {config.filter['name']} filter, {_stage(config.method.surrogate)} surrogate, "
+        f"{_stage(config.method.aggregation)}",
         *describe_filter(config.filter, config.rollout.max_response_tokens),
         f"model: {model_label(config.model)}, {job.policy.parameters:,} parameters, float32 on "
         f"{job.policy.model.device}, {config.trainer.threads} CPU threads",
@@ -184,6 +188,11 @@ def _notes(job: Training, duplicates: int, dropped: int, heldout_dropped: int) -
             "a comparison made here says nothing"
         )
     return notes
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    parameters = ", ".join(f"{key} {value}" for key, value in stage.items() if key != "name")
+    return f"{stage['name']} ({parameters})" if parameters else str(stage["name"])
 
 
 def _manifest(job: Training, problems: ProblemSets) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Policy:
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of a response, without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def load_policy(config: ModelConfig, weights: Path | None = None) -> Policy:
@@ -36,21 +36,27 @@ def load_policy(config: ModelConfig, weights: Path | None = None) -> Policy:
 
     Raises UserError if it is not a model, or its tokenizer does not fit.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for every load and save would tear ours apart
     path = _resolve(config.path)
     source = path if weights is None else weights
     try:
+        AutoConfig.from_pretrained(source)  # first: AutoTokenizer stumbles over a model type that it does not know
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        model, loading = loaded
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"model.path={config.path} cannot be loaded: {first_line(error)}") from None
     except Exception as error:  # safetensors' own error class derives from Exception alone
         if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "huggingface_hub"):
             raise
         raise UserError(f"model.path={config.path} cannot be loaded: {first_line(error)}") from None
+    if missing := sorted(loading["missing_keys"]):  # transformers makes them up and goes on
+        raise UserError(
+            f"model.path={config.path}: {len(missing)} weights are in no file ({missing[0]}, ...); download it again"
+        )
     stop_ids = _stop_ids(tokenizer, model)
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:

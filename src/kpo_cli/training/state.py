@@ -8,7 +8,7 @@ import json
 import os
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Progress:
     step: int = 0
     data_cursor: int = 0
     """Prompts taken so far, over all epochs."""
+    filter_sums: list[float] | None = None
+    """What an adaptive filter has seen; None for the others."""
 
 
 def save_checkpoint(
@@ -49,7 +51,7 @@ def save_checkpoint(
     tensors, state = _optimizer_state(optimizer)
     save_file(tensors, draft / "trainer" / "optimizer.safetensors")
     save_file(_random_states(), draft / "trainer" / "random.safetensors")
-    state |= {"step": progress.step, "data_cursor": progress.data_cursor, "schedule": schedule}
+    state |= {**asdict(progress), "schedule": schedule}
     name, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002 - a model may draw from it
     state |= {
         "python_random": _as_lists(random.getstate()),
@@ -105,7 +107,7 @@ def restore(path: Path, optimizer: torch.optim.Optimizer) -> Progress:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *position))  # noqa: NPY002
     version, internal, gauss = state["python_random"]
     random.setstate((version, tuple(internal), gauss))
-    return Progress(state["step"], state["data_cursor"])
+    return Progress(state["step"], state["data_cursor"], state["filter_sums"])
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

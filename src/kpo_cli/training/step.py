@@ -1,6 +1,6 @@
 """One rollout batch's worth of learning: old log-probabilities, then one optimizer step for each mini-batch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kpo_cli.core import Denominators, Objective, token_log_probs
-from kpo_cli.core.diagnostics import RatioSums
+from kpo_cli.core.diagnostics import Mean, RatioSums
+from kpo_cli.core.filters import AdaptiveFilter
 from kpo_cli.errors import RunStopped
 from kpo_cli.training.batch import Batch
 
@@ -23,6 +24,8 @@ class UpdateRecord:
     entropy: Tensor
     mini_batch_index: Tensor  # (N,)
     sums: RatioSums = field(default_factory=RatioSums)
+    means: dict[str, Mean] = field(default_factory=dict)
+    """Of the objective's optional parts."""
     grad_norms: list[float] = field(default_factory=list)
     """Of each optimizer step, before clipping."""
 
@@ -37,9 +40,9 @@ class UpdateRecord:
             getattr(self, name)[rows, : mask.shape[1]] = torch.where(mask, value.detach().cpu().float(), 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Updater:
-    """Everything that turns a batch into changed weights."""
+    """Everything that turns a batch into changed weights. An adaptive filter replaces `objective` between batches."""
 
     model: Any
     optimizer: torch.optim.Optimizer
@@ -49,6 +52,8 @@ class Updater:
     micro_batch: int
     max_grad_norm: float
     mask_truncated: bool
+    reference: Any = None
+    """The policy that a reference KL is taken to."""
 
     def update(self, batch: Batch) -> UpdateRecord:
         """One optimizer step for each mini-batch, in order."""
@@ -60,6 +65,15 @@ class Updater:
             record.mini_batch_index[rows] = number
             self._optimizer_step(batch, rows, old_log_probs, record)
         return record
+
+    def refit(self, sums: Tensor) -> str | None:
+        """Fit an adaptive filter to its accumulated sums; returns its note, if any."""
+        ratio_filter = self.objective.ratio_filter
+        if not isinstance(ratio_filter, AdaptiveFilter):
+            return None
+        fitted, note = ratio_filter.refit(sums)
+        self.objective = replace(self.objective, ratio_filter=fitted)
+        return note
 
     def _split(self, batch: Batch) -> list[Tensor]:
         """Rows of each mini-batch. Cut by prompt, so that a group is never torn apart."""
@@ -90,7 +104,8 @@ class Updater:
         for micro in self._micro_batches(rows):
             part = batch.rows(micro)
             length = part.response_ids.shape[1]
-            log_probs, entropy = response_log_probs(self.model, part, self.temperature)
+            bonus = self.objective.entropy_bonus != 0
+            log_probs, entropy = response_log_probs(self.model, part, self.temperature, entropy_gradient=bonus)
             if log_probs.isnan().any():
                 raise RunStopped("log-probabilities are NaN: the weights have exploded; lower trainer.lr")
             old = log_probs.detach()
@@ -102,10 +117,14 @@ class Updater:
                 advantages=part.advantages.to(log_probs.device),
                 response_mask=loss_mask[micro, :length].to(log_probs.device),
                 denominators=denominators,
+                rollout_log_probs=part.rollout_log_probs.to(log_probs.device),
+                ref_log_probs=self._ref_log_probs(part),
+                entropy=entropy,
             )
             out.loss.backward()
             start += len(micro)
             record.sums += out.sums
+            record.means |= {k: record.means[k] + m if k in record.means else m for k, m in out.means.items()}
             record.put(
                 micro,
                 part.response_mask,
@@ -121,11 +140,17 @@ class Updater:
         if counts.tokens:
             self.optimizer.step()
 
+    @torch.no_grad()
+    def _ref_log_probs(self, batch: Batch) -> Tensor | None:
+        return None if self.reference is None else response_log_probs(self.reference, batch, self.temperature)[0]
+
     def _loss_mask(self, batch: Batch) -> Tensor:
         return batch.response_mask & ~batch.truncated[:, None] if self.mask_truncated else batch.response_mask
 
 
-def response_log_probs(model: Any, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+def response_log_probs(
+    model: Any, batch: Batch, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the response tokens and entropies (nats), both (N, T), on the model's device.
 
     Outside the response mask they are finite and mean nothing.
@@ -141,7 +166,8 @@ def response_log_probs(model: Any, batch: Batch, temperature: float) -> tuple[Te
     columns = (batch.prompt_lengths - 1 - first)[:, None] + torch.arange(length)
     columns = columns.clamp(max=keep - 1).to(logits.device)
     rows = torch.arange(len(batch), device=logits.device)[:, None]
-    return token_log_probs(logits[rows, columns], batch.response_ids.to(logits.device), temperature)
+    ids = batch.response_ids.to(logits.device)
+    return token_log_probs(logits[rows, columns], ids, temperature, entropy_gradient)
 
 
 def _joined(batch: Batch) -> tuple[Tensor, Tensor]:
