@@ -7,6 +7,7 @@ below imports torch, so that `kpo train --cfg job` and a mistyped key answer at 
 import dataclasses
 import math
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ from typing import Any
 
 from kpo_cli.errors import UserError
 
-CHAT_TEMPLATES = ("auto", "none")
+CHAT_TEMPLATES = ("auto", "required", "none")
+DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+ANSWER_STYLES = ("plain", "hash", "boxed")
 CORRECTIONS = ("none", "truncate", "mask")
 MAX_THREADS = 1024
 """More than any machine has cores; torch dies of a very large number."""
@@ -28,12 +32,17 @@ class ModelConfig:
     path: str | None
     chat_template: str
     chat_template_kwargs: dict[str, Any]
+    dtype: str
+    device: str
+    gradient_checkpointing: bool
 
     def __post_init__(self) -> None:
         _label("model.name", self.name)
         if self.path is None and self.name == "hub":
             raise UserError("model=hub needs a model: give model.path=DIRECTORY or model.path=org/name")
         _one_of("model.chat_template", self.chat_template, CHAT_TEMPLATES)
+        _one_of("model.dtype", self.dtype, DTYPES)
+        _one_of("model.device", self.device, DEVICES)
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,15 @@ class FieldNames:
 class DataConfig:
     name: str
     path: str | None
+    subset: str | None
+    split: str
     operators: int | None
     limit: int | None
     heldout: int
     seed: int
     fields: FieldNames
+    problem_pattern: str | None
+    answer_style: str
     system_prompt: str | None
     instruction: str | None
 
@@ -59,6 +72,8 @@ class DataConfig:
         _label("data.name", self.name)
         if self.path is None and self.name == "file":
             raise UserError("data=file needs a file: give data.path=FILE.jsonl or FILE.parquet")
+        _one_of("data.answer_style", self.answer_style, ANSWER_STYLES)
+        _pattern("data.problem_pattern", self.problem_pattern)
         _at_least("data.operators", self.operators, 1)
         _at_least("data.limit", self.limit, 1)
         _at_least("data.heldout", self.heldout, 1)
@@ -322,6 +337,15 @@ def _at_least(key: str, value: float | None, bound: int, why: str = "") -> None:
     if value is not None and not bound <= value < math.inf:
         limit = "finite" if value == math.inf else f"at least {bound}"
         raise UserError(f"{key}={value} must be {limit}{': ' + why if why else ''}")
+
+
+def _pattern(key: str, value: str | None) -> None:
+    try:
+        compiled = re.compile(value or "(?P<problem>)")
+    except re.error as error:
+        raise UserError(f"{key}={value} is not a regular expression: {error}") from None
+    if "problem" not in compiled.groupindex:
+        raise UserError(f"{key}={value} needs a group (?P<problem>...) around what is the problem")
 
 
 def _label(key: str, value: str) -> None:

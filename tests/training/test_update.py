@@ -18,7 +18,7 @@ PROMPTS = [b"8-6-9+7?", b"1+1?", b"3*3*3-2-2?", b"9-9?"]
 @pytest.fixture(scope="module")
 def policy():
     torch.set_num_threads(1)
-    return load_policy(ModelConfig("tiny", None, "auto", {}))
+    return load_policy(ModelConfig("tiny", None, "auto", {}, "auto", "cpu", False))
 
 
 @pytest.fixture(scope="module")

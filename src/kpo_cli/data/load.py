@@ -1,9 +1,9 @@
-"""Problems by configuration: the built-in task, or a JSONL or parquet file."""
+"""Problems by configuration: the built-in task, a local file, or a data set on the hub."""
 
 import hashlib
-import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from kpo_cli.config import DataConfig, FieldNames
+from kpo_cli.config import DataConfig
 from kpo_cli.data.arithmetic import arithmetic_problems
+from kpo_cli.data.overlap import benchmark_overlap
 from kpo_cli.data.problems import Problem
+from kpo_cli.data.rows import Row, hub_rows, local_rows, shown
 from kpo_cli.errors import UserError
-from kpo_cli.runs import first_line, sha256_of
-
-Row = tuple[str, dict[str, Any]]
-"""Where a row stands, for error messages ("FILE:12"), and its content."""
+from kpo_cli.rewards.extraction import extract
 
 
 @dataclass(frozen=True)
@@ -28,29 +27,28 @@ class ProblemSets:
     train: list[Problem]
     heldout: list[Problem]
     duplicates: int
-    """Rows left out because their problem stands in the file already."""
+    """Rows left out because their problem stands in the source already."""
+    overlap: dict[str, int]
+    """Benchmarks that hold training problems, and how many."""
     sha256: str
-    """Of the file, or of the generated problems."""
+    """Of all problems and answers, in order."""
 
 
 def load_problems(config: DataConfig) -> ProblemSets:
     """Training and held-out problems. Raises UserError that names the file, the line and the fix."""
     if config.path is None:
         return _builtin(config)
-    path = Path(os.path.expanduser(config.path))  # Path.expanduser raises for a user who does not exist
-    try:
-        problems, duplicates = _read(path, config.fields)
-    except OSError as error:
-        raise UserError(f"data.path={path} cannot be read ({error.strerror}); give a file that can be") from None
+    problems, duplicates = _distinct(_rows(config), config)
     # At most a fifth: a small file should still be one to train on.
     heldout = min(config.heldout, len(problems) // 5)
     if heldout < 1:
-        raise UserError(f"{path} has {len(problems)} problems; at least 5 are needed, one of them to evaluate on")
+        raise UserError(
+            f"data.path={config.path} has {len(problems)} problems; at least 5 are needed, one of them to evaluate on"
+        )
     order = np.random.default_rng([config.seed, 0]).permutation(len(problems))
-    train = [problems[i] for i in sorted(order[heldout:])]
-    return ProblemSets(
-        train[: config.limit], [problems[i] for i in sorted(order[:heldout])], duplicates, sha256_of(path)
-    )
+    train = [problems[i] for i in sorted(order[heldout:])][: config.limit]
+    overlap = benchmark_overlap(problem.problem for problem in train)
+    return ProblemSets(train, [problems[i] for i in sorted(order[:heldout])], duplicates, overlap, _hash(problems))
 
 
 def _builtin(config: DataConfig) -> ProblemSets:
@@ -60,24 +58,25 @@ def _builtin(config: DataConfig) -> ProblemSets:
         heldout = arithmetic_problems("heldout", config.heldout, seed=config.seed, operators=operators)
     except ValueError as error:
         raise UserError(f"{error}; lower data.limit and data.heldout or raise data.operators") from None
-    digest = hashlib.sha256("\n".join(p.problem for p in train + heldout).encode())
-    return ProblemSets(train, heldout, 0, digest.hexdigest())
+    return ProblemSets(train, heldout, 0, {}, _hash(train + heldout))
 
 
-def _read(path: Path, fields: FieldNames) -> tuple[list[Problem], int]:
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"data.path={path} {what}; give a .jsonl or .parquet file")
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    suffix = path.suffix.lower()
-    if suffix not in readers:
-        raise UserError(f"data.path={path}: {path.suffix or 'no'} suffix; give a .jsonl or .parquet file")
+def _rows(config: DataConfig) -> Iterator[Row]:
+    assert config.path is not None
+    local = Path(os.path.expanduser(config.path))  # Path.expanduser raises for a user who does not exist
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", config.path) and not local.suffix and not os.path.exists(local)
+    return hub_rows(config.path, config.subset, config.split) if is_hub_name else local_rows(local)
+
+
+def _distinct(rows: Iterator[Row], config: DataConfig) -> tuple[list[Problem], int]:
+    """The first of each problem, and how many rows repeat one."""
     problems: dict[str, Problem] = {}
     ids: set[str] = set()
-    rows = 0
-    for where, row in readers[suffix](path):
-        rows += 1
-        problem = _problem(where, row, fields, made_up_id=f"{path.stem}-{rows - 1}")
+    count = 0
+    stem = Path(config.path or "").stem
+    for where, row in rows:
+        count += 1
+        problem = _problem(where, row, config, made_up_id=f"{stem}-{count - 1}")
         if problem.problem in problems:
             continue
         if problem.id in ids:
@@ -85,52 +84,24 @@ def _read(path: Path, fields: FieldNames) -> tuple[list[Problem], int]:
         ids.add(problem.id)
         problems[problem.problem] = problem
     if not problems:
-        raise UserError(f"data.path={path} holds no problems; give a file with at least 5")
-    return list(problems.values()), rows - len(problems)
+        raise UserError(f"data.path={config.path} holds no problems; give a file with at least 5")
+    return list(problems.values()), count - len(problems)
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError:
-                raise UserError(f"{where}: not UTF-8 text; convert the file to UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); mend the line") from None
-            except ValueError as error:  # an integer of thousands of digits
-                raise UserError(f"{where}: {first_line(error).split(';')[0]}; mend the line") from None
-            except RecursionError:
-                raise UserError(f"{where}: nested too deeply; each line must be one flat JSON object") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: {_shown(row)} is not an object; each line must be one JSON object")
-            yield where, row
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"{path} (row {number})", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.path={path} is not a readable parquet file: {first_line(error)}") from None
-
-
-def _problem(where: str, row: dict[str, Any], fields: FieldNames, made_up_id: str) -> Problem:
+def _problem(where: str, row: dict[str, Any], config: DataConfig, made_up_id: str) -> Problem:
+    fields = config.fields
     text = _field(where, row, "problem", fields.problem)
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: {fields.problem} must be a text that is not empty, found {_shown(text)}")
+        raise UserError(f"{where}: {fields.problem} must be a text that is not empty, found {shown(text)}")
+    if config.problem_pattern is not None:
+        text = _matched(where, text, config.problem_pattern)
     answer = _field(where, row, "answer", fields.answer)
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
-        raise UserError(f"{where}: {fields.answer} must be a text or a number, found {_shown(answer)}")
+        raise UserError(f"{where}: {fields.answer} must be a text or a number, found {shown(answer)}")
+    if config.answer_style != "plain":
+        answer = _final_answer(where, answer, config.answer_style)
     own_id = _lookup(row, fields.id)
     problem = Problem(made_up_id if own_id in (None, _MISSING) else str(own_id), text, answer)
     try:
@@ -138,6 +109,22 @@ def _problem(where: str, row: dict[str, Any], fields: FieldNames, made_up_id: st
     except UnicodeEncodeError:  # JSON can write half a surrogate pair; no tokenizer takes it
         raise UserError(f"{where}: holds half a character (a lone \\ud800 to \\udfff); mend the line") from None
     return problem
+
+
+def _matched(where: str, text: str, pattern: str) -> str:
+    match = re.search(pattern, text)
+    if match is None or not match["problem"].strip():
+        raise UserError(f"{where}: data.problem_pattern finds no problem in {shown(text)}; mend it or set it to null")
+    return match["problem"]
+
+
+def _final_answer(where: str, text: str, style: str) -> str:
+    """The answer at the end of a worked solution."""
+    found = extract(text, "hash" if style == "hash" else "boxed")
+    if found is None:
+        mark = "####" if style == "hash" else "\\boxed{}"
+        raise UserError(f"{where}: no {mark} in {shown(text[-40:])}; set data.answer_style or mend the line")
+    return found
 
 
 _MISSING = object()
@@ -166,6 +153,8 @@ def _lookup(row: dict[str, Any], name: str) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else text[:37] + "..."
+def _hash(problems: list[Problem]) -> str:
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(f"{problem.problem}\0{problem.answer}\0".encode())
+    return digest.hexdigest()

@@ -24,7 +24,7 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.kwargs = model.chat_template_kwargs
         self.data = data
-        self.templated = model.chat_template == "auto" and bool(tokenizer.chat_template)
+        self.templated = model.chat_template != "none" and bool(tokenizer.chat_template)
 
     def build(self, problem: Problem) -> Prompt:
         text = problem.problem if self.data.instruction is None else f"{problem.problem}\n{self.data.instruction}"

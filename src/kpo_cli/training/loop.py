@@ -48,6 +48,8 @@ class Training:
     updater: Updater
     train: list[Prompt]
     heldout: list[Prompt]
+    templated: bool
+    """Prompts went through the tokenizer's chat template."""
 
 
 def train(job: Training, run: RunDir, progress: Progress, display: Display) -> None:

@@ -17,7 +17,15 @@ from kpo_cli.rollout import HFSampler
 from kpo_cli.runs import RunDir, check_new, default_run_dir, make_manifest
 from kpo_cli.training.display import Display, describe_filter, result_table
 from kpo_cli.training.loop import Training, train
-from kpo_cli.training.policy import Policy, choose_threads, load_policy
+from kpo_cli.training.memory import check_memory, plan_memory
+from kpo_cli.training.policy import (
+    Policy,
+    choose_device,
+    choose_threads,
+    load_policy,
+    loading_errors,
+    model_source,
+)
 from kpo_cli.training.state import Progress, newest_checkpoint, restore
 from kpo_cli.training.step import Updater
 
@@ -40,9 +48,11 @@ def _start(config: TrainConfig, run_dir: Path | None) -> None:
         check_new(run_dir)
     objective = make_objective(config)
     problems = load_problems(config.data)
+    notes = _check_fit(config)
     policy = load_policy(config.model)
     config = _with_threads(config, policy)
-    job, notes = _assemble(config, objective, problems, policy)
+    job, more_notes = _assemble(config, objective, problems, policy)
+    notes = more_notes + notes
     if run_dir is None:
         label = f"{config.method.name}-{model_label(config.model)}-{data_label(config.data)}-s{config.seed}"
         run_dir = default_run_dir(label)
@@ -120,6 +130,26 @@ def _correction(rollout: RolloutConfig) -> TruncatedImportance | MaskedImportanc
     return made[rollout.correction]
 
 
+def _check_fit(config: TrainConfig) -> list[str]:
+    """Compare what the run needs with what there is, before the weights are loaded."""
+    device, half = choose_device(config.model)
+    source = model_source(config.model)
+    with loading_errors(config.model):
+        plan = plan_memory(config, source, device, half)
+    warning = check_memory(plan)
+    return [plan.describe(), *([f"warning: {warning}"] if warning else [])]
+
+
+def _check_context(config: TrainConfig, policy: Policy) -> None:
+    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
+    if context is not None and prompt + response > context:
+        raise UserError(
+            f"rollout.max_prompt_tokens={prompt} and rollout.max_response_tokens={response} exceed the model's "
+            f"context of {context} tokens; lower one of them"
+        )
+
+
 def _with_threads(config: TrainConfig, policy: Policy) -> TrainConfig:
     threads = choose_threads(config.trainer.threads, policy.parameters)
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, threads=threads))
@@ -131,6 +161,7 @@ def _assemble(
     """All live objects of a run, and what the user should know about them."""
     trainer, rollout = config.trainer, config.rollout
     torch.set_num_threads(trainer.threads or 1)
+    _check_context(config, policy)
     builder = PromptBuilder(policy.tokenizer, config.model, config.data)
     train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
     heldout, heldout_dropped = builder.build_all(problems.heldout, rollout.max_prompt_tokens, "held-out")
@@ -161,24 +192,27 @@ def _assemble(
         # The policy at the start of the run, whatever checkpoint this one goes on from.
         reference=load_policy(config.model).model.requires_grad_(False) if trainer.kl_coefficient else None,
     )
-    job = Training(config, policy, sampler, updater, train_prompts, heldout)
-    counts = (problems.duplicates, dropped, heldout_dropped)
-    return job, _notes(job, *counts)
+    job = Training(config, policy, sampler, updater, train_prompts, heldout, builder.templated)
+    return job, _notes(job, problems.overlap, problems.duplicates, dropped + heldout_dropped)
 
 
-def _notes(job: Training, duplicates: int, dropped: int, heldout_dropped: int) -> list[str]:
+def _notes(job: Training, overlap: dict[str, int], duplicates: int, dropped: int) -> list[str]:
     config = job.config
     notes = [
         f"method: {config.method.name} = {config.filter['name']} filter, {_stage(config.method.surrogate)} surrogate, "
         f"{_stage(config.method.aggregation)}",
         *describe_filter(config.filter, config.rollout.max_response_tokens),
-        f"model: {model_label(config.model)}, {job.policy.parameters:,} parameters, float32 on "
-        f"{job.policy.model.device}, {config.trainer.threads} CPU threads",
+        f"model: {model_label(config.model)}, {job.policy.parameters:,} parameters, {job.policy.dtype} on "
+        f"{job.policy.model.device}, {config.trainer.threads} CPU thread{'s' * (config.trainer.threads != 1)}, "
+        f"{'its chat template' if job.templated else 'plain text'}",
         f"data: {data_label(config.data)}, {len(job.train)} problems to train on, {len(job.heldout)} held out",
     ]
-    if duplicates or dropped or heldout_dropped:
+    if overlap:
+        found = ", ".join(f"{count} in {name}" for name, count in overlap.items())
+        notes.append(f"warning: training problems that stand in benchmarks: {found}")
+    if duplicates or dropped:
         notes.append(
-            f"left out: {duplicates} duplicate problems, {dropped + heldout_dropped} prompts of more than "
+            f"left out: {duplicates} duplicate problems, {dropped} prompts of more than "
             f"{config.rollout.max_prompt_tokens} tokens"
         )
     notes.append(f"first prompt: {job.train[0].text!r}")
@@ -204,8 +238,10 @@ def _manifest(job: Training, problems: ProblemSets) -> dict[str, Any]:
             "train": len(job.train),
             "heldout": len(job.heldout),
             "duplicates": problems.duplicates,
+            "benchmark_overlap": problems.overlap,
         },
         first_prompt=job.train[0].text,
+        dtype=job.policy.dtype,
         threads=torch.get_num_threads(),
         device=str(job.policy.model.device),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,

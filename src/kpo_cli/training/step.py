@@ -58,12 +58,15 @@ class Updater:
     def update(self, batch: Batch) -> UpdateRecord:
         """One optimizer step for each mini-batch, in order."""
         parts = self._split(batch)
+        # Gradient checkpointing works in train mode only; there is no dropout that the mode could switch on.
+        self.model.train(self.model.is_gradient_checkpointing)
         # The first mini-batch is on-policy: its old log-probs are its own, from the same forward pass (z = 0 exactly).
         old = [None, *(self._old_log_probs(batch, rows) for rows in parts[1:])]
         record = UpdateRecord.empty(*batch.response_ids.shape)
         for number, (rows, old_log_probs) in enumerate(zip(parts, old, strict=True)):
             record.mini_batch_index[rows] = number
             self._optimizer_step(batch, rows, old_log_probs, record)
+        self.model.eval()
         return record
 
     def refit(self, sums: Tensor) -> str | None:

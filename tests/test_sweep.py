@@ -1,0 +1,178 @@
+"""Sweeps: every job in a process and a directory of its own, and a failing one stops nobody."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def summaries(folder: Path) -> dict[str, dict]:
+    """What the jobs below a directory made of themselves, by the name of their directories."""
+    return {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("summary.json")}
+
+
+@pytest.mark.slow
+def test_methods_and_seeds(run_kpo, kpo, small: list[str], tmp_path: Path):
+    result = run_kpo("train", "-m", *small, "method=kpo,grpo", "seed=0,1", "run_dir=all", cwd=tmp_path)
+    assert (result.code, result.err) == (0, "")
+    done = summaries(tmp_path / "all")
+    assert {(s["method"], s["seed"]) for s in done.values()} == {("kpo", 0), ("kpo", 1), ("grpo", 0), ("grpo", 1)}
+    assert set(done) == {"0-method=kpo_seed=0", "1-method=kpo_seed=1", "2-method=grpo_seed=0", "3-method=grpo_seed=1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["all"]
+    assert "[4/4] method=grpo seed=1 -> all/3-method=grpo_seed=1" in result.out
+    # The same as alone: nothing leaks from job to job.
+    assert kpo("train", *small, "method=grpo", "seed=1", "run_dir=alone").code == 0
+    weights = [
+        path.read_bytes()
+        for path in (
+            tmp_path / "alone/checkpoints/step-000001/model.safetensors",
+            tmp_path / "all/3-method=grpo_seed=1/checkpoints/step-000001/model.safetensors",
+        )
+    ]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_a_failing_job_does_not_stop_the_others(run_kpo, small: list[str], tmp_path: Path):
+    result = run_kpo("train", "-m", *small, "trainer.lr=-1,2e-4", cwd=tmp_path)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    (sweep,) = tmp_path.glob("outputs/sweeps/*")
+    assert set(summaries(sweep)) == {"1-trainer.lr=0.0002"}
+    # A failed job leaves nothing behind.
+    assert {path.name for path in sweep.iterdir() if path.is_dir()} == {"1-trainer.lr=0.0002"}
+    first, second, last = result.err.splitlines()
+    assert first == "kpo: trainer.lr=-1.0 must be a finite number above 0"
+    assert second.startswith("failed with exit code 2: trainer.lr=-1 ->")
+    assert last == "kpo: 1 of 2 jobs failed, 1 finished"
+
+
+@pytest.mark.slow
+def test_where_every_job_fails_no_directory_is_left(run_kpo, tmp_path: Path):
+    result = run_kpo("train", "-m", "seed=-1", cwd=tmp_path)
+    assert result.code == 2
+    assert result.err.splitlines()[0] == "kpo: seed=-1 must be at least 0"
+    assert not any(tmp_path.iterdir())
+
+
+# What the launcher starts, without starting it.
+
+
+@pytest.fixture
+def started(kpo, monkeypatch: pytest.MonkeyPatch):
+    """Run a sweep whose jobs end at once; returns the arguments of each, and the result."""
+    real = subprocess.run
+
+    def sweep(*arguments: str, codes: dict[int, int] | None = None):
+        jobs: list[list[str]] = []
+
+        def run(command: list[str], **options: object):
+            if command[:3] != [sys.executable, "-m", "kpo_cli"]:
+                return real(command, **options)
+            jobs.append(command[3:])
+            return subprocess.CompletedProcess(command, (codes or {}).get(len(jobs) - 1, 0))
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return kpo("train", "-m", *arguments), jobs
+
+    return sweep
+
+
+def values(job: list[str]) -> dict[str, object]:
+    """The overrides of a job, read as the job will read them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    assert job[0] == "train"
+    parsed = OverridesParser.create().parse_overrides([argument for argument in job[1:] if argument[0] != "-"])
+    return {override.key_or_group: override.value() for override in parsed}
+
+
+def test_jobs_get_everything_but_the_sweep(started):
+    result, jobs = started("method=kpo,grpo", "trainer.steps=3", "run_dir=all")
+    assert result.code == 0
+    assert [values(job) for job in jobs] == [
+        {"method": "kpo", "trainer.steps": 3, "run_dir": "all/0-method=kpo"},
+        {"method": "grpo", "trainer.steps": 3, "run_dir": "all/1-method=grpo"},
+    ]
+    assert not any("-m" in job or "--multirun" in job for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("'a, b'", "a, b"),
+        ('"it\'s"', "it's"),
+        ("'say \"x\"'", 'say "x"'),
+        ("'two  spaces'", "two  spaces"),
+        ("'a=b'", "a=b"),
+        ("'[x] {y}'", "[x] {y}"),
+        ("'back\\slash'", "back\\slash"),
+        ("'Grüße'", "Grüße"),
+        ("'7'", "7"),
+    ],
+)
+def test_values_survive(written: str, value: str, started):
+    result, jobs = started("seed=0,1", f"data.instruction={written}", "run_dir=all")
+    assert (result.code, result.err) == (0, "")
+    assert [values(job)["data.instruction"] for job in jobs] == [value, value]
+
+
+def test_quoted_values_can_be_swept(started):
+    _, jobs = started("data.instruction='a, b','c d'", "run_dir=all")
+    assert [values(job)["data.instruction"] for job in jobs] == ["a, b", "c d"]
+    names = [str(values(job)["run_dir"]) for job in jobs]
+    assert len(set(names)) == 2
+    assert all(name.startswith("all/") and name.count("/") == 1 and " " not in name for name in names)
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "a=b", "a,b", "Größe", "a\\b"])
+def test_odd_names_of_sweep_directories(name: str, started, tmp_path: Path):
+    from kpo_cli.hydra_app import quote_value
+
+    result, jobs = started("seed=0,1", f"run_dir={quote_value(name)}")
+    assert (result.code, result.err) == (0, "")
+    assert [values(job)["run_dir"] for job in jobs] == [f"{name}/0-seed=0", f"{name}/1-seed=1"]
+    assert {path.name for path in tmp_path.iterdir()} <= {name}
+
+
+def test_run_directories_can_be_swept(started):
+    _, jobs = started("run_dir=a,'b c'")
+    assert [values(job) for job in jobs] == [{"run_dir": "a"}, {"run_dir": "b c"}]
+
+
+def test_resumes_can_be_swept(started):
+    _, jobs = started("resume=a,'b c'", "trainer.steps=9")
+    assert [values(job) for job in jobs] == [{"resume": "a", "trainer.steps": 9}, {"resume": "b c", "trainer.steps": 9}]
+
+
+def test_a_second_sweep_may_go_where_the_first_one_is(started, tmp_path: Path):
+    (tmp_path / "all" / "0-seed=0").mkdir(parents=True)
+    result, jobs = started("seed=1,2", "run_dir=all")
+    assert result.code == 0
+    assert [values(job)["run_dir"] for job in jobs] == ["all/0-seed=1", "all/1-seed=2"]
+
+
+def test_failures_are_reported_at_the_end(started):
+    result, jobs = started("seed=0,1,2", "run_dir=all", codes={0: 1, 2: 2})
+    assert len(jobs) == 3
+    assert result.code == 2
+    assert result.err.splitlines() == [
+        "failed with exit code 1: seed=0 -> all/0-seed=0",
+        "failed with exit code 2: seed=2 -> all/2-seed=2",
+        "kpo: 2 of 3 jobs failed, 1 finished",
+    ]
+
+
+@pytest.mark.parametrize("code", [-2, 130])
+def test_ctrl_c_in_a_job_ends_the_sweep(code: int, started):
+    result, jobs = started("seed=0,1,2", codes={1: code})
+    assert len(jobs) == 2
+    assert (result.code, result.err) == (130, "kpo: interrupted\n")
+
+
+def test_options_reach_the_jobs(started, tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    _, jobs = started("--config-dir", "mine", "seed=0,1")
+    assert all(job[1:3] == ["--config-dir", "mine"] for job in jobs)
