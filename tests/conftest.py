@@ -1,5 +1,7 @@
 """Helpers for the tests of the whole command: `kpo` in this process, `run_kpo` in one of its own."""
 
+import copy
+import functools
 import json
 import logging
 import os
@@ -16,8 +18,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def compose(*overrides: str) -> dict[str, Any]:
     """The configuration of `kpo train` as a job gets it, without `run_dir` and `resume`."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+    return copy.deepcopy(_compose(*overrides))
+
+
+@functools.cache
+def _compose(*overrides: str) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
@@ -25,7 +31,7 @@ def compose(*overrides: str) -> dict[str, Any]:
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        raw: Any = OmegaConf.to_container(hydra_compose("train", list(overrides)), resolve=True)
+        raw: Any = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
     del raw["run_dir"], raw["resume"]
     return raw
 

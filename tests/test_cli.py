@@ -471,9 +471,7 @@ def test_resume_from_a_configuration_that_is_none(kpo, tmp_path: Path):
         assert result.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "name", ["a b", "it's", 'say "x"', "a=b", "Größe-訓練", "a,b", "a\\b", "x/y/z", "7", "(1)", "[x]", "$HOME"]
-)
+@pytest.mark.parametrize("name", ["it's a b", 'say "x"', "a=b,c", "Größe-訓練", "a\\b", "x/y/z", "7", "[x] (1) $HOME"])
 def test_odd_names_of_run_directories(name: str, kpo, small: list[str], tmp_path: Path):
     from kpo_cli.hydra_app import quote_value
 

@@ -120,8 +120,14 @@ def test_q_and_time_constant_exclude_each_other():
             train_config(compose(f"{prefix}.q=1e-4", f"{prefix}.time_constant=3", *others))
 
 
-@pytest.mark.parametrize("method", FILES["method"])
-@pytest.mark.parametrize("others", [[], ["~experiment", "model.path=org/name", "model=hub", "trainer.steps=7"]])
+@pytest.mark.parametrize(
+    ("method", "others"),
+    [
+        *((method, []) for method in FILES["method"]),
+        ("kpo", ["~experiment", "model.path=org/name", "model=hub", "trainer.steps=7"]),
+        ("gspo", ["data=file", "data.path=x.jsonl", "trainer.warmup_steps=2", "trainer.threads=3"]),
+    ],
+)
 def test_a_configuration_survives_its_own_file(method: str, others: list[str], tmp_path: Path):
     from omegaconf import OmegaConf
 

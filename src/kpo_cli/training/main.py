@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def run(raw: dict[str, Any]) -> None:
     if resume is not None:
         _resume(Path(str(resume)), raw, overrides)
     else:
-        _start(train_config(raw), None if run_dir is None else Path(str(run_dir)))
+        _start(train_config(raw), None if run_dir is None else Path(str(run_dir)), overrides)
 
 
-def _start(config: TrainConfig, run_dir: Path | None) -> None:
+def _start(config: TrainConfig, run_dir: Path | None, overrides: list[str]) -> None:
     if run_dir is not None:
         check_new(run_dir)
     objective = make_objective(config)
@@ -57,7 +58,7 @@ def _start(config: TrainConfig, run_dir: Path | None) -> None:
         label = f"{config.method.name}-{model_label(config.model)}-{data_label(config.data)}-s{config.seed}"
         run_dir = default_run_dir(label)
     with RunDir.create(run_dir, as_dict(config), _manifest(job, problems)) as run:
-        _run(job, run, Progress(), notes)
+        _run(job, run, Progress(), notes, overrides)
 
 
 def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
@@ -79,7 +80,7 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         run.write_config(as_dict(config))
         run.cut_after(progress.step if checkpoint else -1)
         notes += [f"warning: {line}; using an older one" for line in damaged]
-        _run(job, run, progress, [*notes, f"resuming after step {progress.step}"])
+        _run(job, run, progress, [*notes, f"resuming after step {progress.step}"], [])
 
 
 def _changed_config(stored: dict[str, Any], raw: dict[str, Any], overrides: list[str]) -> TrainConfig:
@@ -248,7 +249,7 @@ def _manifest(job: Training, problems: ProblemSets) -> dict[str, Any]:
     )
 
 
-def _run(job: Training, run: RunDir, progress: Progress, notes: list[str]) -> None:
+def _run(job: Training, run: RunDir, progress: Progress, notes: list[str], overrides: list[str]) -> None:
     display = Display(job.config.trainer.steps)
     for line in [f"run: {run.path}", *notes]:
         display.say(line)
@@ -260,6 +261,11 @@ def _run(job: Training, run: RunDir, progress: Progress, notes: list[str]) -> No
     summary = _summarise(job, run)
     run.write_json("summary.json", summary)
     _show_result(run, summary, display)
+    kept = [o for o in overrides if o.split("=", 1)[0] not in ("method", "seed", "run_dir")]
+    more = summary["steps"] * 2
+    display.say(f"next:  {shlex.join(['kpo', 'train', f'resume={run.path}', f'trainer.steps={more}'])}   # go on")
+    sweep = ["kpo", "train", "-m", "method=kpo,grpo_tight,grpo", "seed=0,1,2", *kept]
+    display.say(f"       {shlex.join(sweep)}   # compare with its control")
 
 
 def _summarise(job: Training, run: RunDir) -> dict[str, Any]:
@@ -293,9 +299,6 @@ def _show_result(run: RunDir, summary: dict[str, Any], display: Display) -> None
             display.say(f"one held-out problem: {_short(row['problem'])} (answer {row['answer']})")
         display.say(f"  sampled {when}: {_short(sample['response'])}  [{mark}]")
     display.say(f"\n{summary['steps']} steps in {summary['wall_time']:.0f} s; everything is in {run.path}")
-    more = summary["steps"] * 2
-    display.say(f"next:  kpo train resume={run.path} trainer.steps={more}   # go on")
-    display.say("       kpo train -m method=kpo,grpo_tight,grpo seed=0,1,2   # compare with its control")
 
 
 def _short(text: str, limit: int = 300) -> str:

@@ -40,8 +40,8 @@ def load_policy(config: ModelConfig, weights: Path | None = None) -> Policy:
 
     Raises UserError if it is not a model, or its tokenizer does not fit.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from huggingface_hub.utils import logging as hub_logging
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for every load and save would tear ours apart
