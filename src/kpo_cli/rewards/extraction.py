@@ -6,10 +6,11 @@ from typing import Literal
 
 AnswerStyle = Literal["boxed", "hash"]
 
-# One token at a time: a box with its brace, TeX's one-token box, an escaped character, or a brace.
-_TOKEN = re.compile(r"\\(?:boxed|fbox)\s{0,8}(?:(?P<open>\{)|(?P<single>[0-9A-Za-z]))|\\.|[{}]", re.DOTALL)
-# What may stand between two boxes that give one list together: "\boxed{1}, \boxed{2} \text{ and } \boxed{3}".
-_JOINT = re.compile(r"(?:[\s,;$&]|\\[,;:!\[\]()]|\\q?quad|\\text\s?\{\s*(?:and|or)\s*\}|and|or|\*)*")
+# One token at a time: a box with its brace, TeX's one-token box, an escaped character, or a run of braces.
+_TOKEN = re.compile(r"\\(?:boxed|fbox)\s{0,8}(?:(?P<open>\{)|(?P<single>[0-9A-Za-z]))|\\.|\{+|\}+", re.DOTALL)
+# What stands between two boxes of one list: a comma, "and" or "or" amid layout.
+_LAYOUT = r"(?:[\s$*&]|\\[,;:!\[\]()]|\\q?quad)*"
+_JOINT = re.compile(rf"{_LAYOUT}(?:[,;]|\\text\s?\{{\s*(?:and|or)\s*\}}|and|or|,\s*and|,\s*or){_LAYOUT}")
 _JOINT_LENGTH = 80
 
 
@@ -24,7 +25,7 @@ class Box:
 
 def after_thinking(response: str) -> str:
     """The part of a response that speaks to the user: nothing if the thinking never ended."""
-    head, tag, tail = response.rpartition("</think>")
+    _, tag, tail = response.rpartition("</think>")
     if tag:
         return tail
     return "" if "<think>" in response else response
@@ -43,45 +44,51 @@ def complete_boxes(text: str) -> list[Box]:
             boxes.append(Box(token.start(), token.end(), token.group("single")))
         elif token.group("open"):
             stack.append((token.start(), token.end()))
-        elif kind == "{":
-            stack.append(None)
-        elif kind == "}" and stack:
-            opened = stack.pop()
-            if opened is not None:
-                start, inside = opened
-                while boxes and boxes[-1].start > start:
-                    boxes.pop()
-                boxes.append(Box(start, token.end(), text[inside : token.start()]))
+        elif kind[0] == "{":
+            stack.extend([None] * len(kind))
+        elif kind[0] == "}":
+            for position in range(token.start(), token.start() + min(len(kind), len(stack))):
+                opened = stack.pop()
+                if opened is not None:
+                    start, inside = opened
+                    while boxes and boxes[-1].start > start:
+                        boxes.pop()
+                    boxes.append(Box(start, position + 1, text[inside:position]))
     return boxes
 
 
-def extract_boxed(response: str) -> tuple[str, ...]:
-    """The contents of the run of adjacent boxes that ends the response; the last one is the answer.
+def extract_boxed(response: str) -> str | None:
+    """The content of the last complete box; None if there is no box.
 
-    Boxes are adjacent if only commas, "and", "or" and layout stand between them. The run is empty if the response has
-    no complete box.
+    Boxes joined by a comma, "and" or "or" are one answer, the list of their contents: `\\boxed{1} and \\boxed{2}` gives
+    two roots, and is a hedge where one number is asked for.
     """
     text = after_thinking(response)
     boxes = complete_boxes(text)
     run: list[str] = []
     following: Box | None = None
     for box in reversed(boxes):
-        if following is not None:
-            between = text[box.end : min(following.start, box.end + _JOINT_LENGTH + 1)]
-            if len(between) > _JOINT_LENGTH or not _JOINT.fullmatch(between):
-                break
+        if following is not None and not _joined(text, box.end, following.start):
+            break
         run.append(box.content)
         following = box
-    return tuple(reversed(run))
+    contents = list(dict.fromkeys(reversed(run)))
+    if len(contents) > 1 and all(content.strip() for content in contents):
+        return ", ".join(contents)
+    return run[0] if run else None
 
 
-def extract_hash(response: str) -> tuple[str, ...]:
-    """The text after the last `####` on its line, as in the solutions of GSM8K."""
+def _joined(text: str, end: int, start: int) -> bool:
+    """True if the text between two boxes is one joint of a list."""
+    return start - end <= _JOINT_LENGTH and _JOINT.fullmatch(text, end, start) is not None
+
+
+def extract_hash(response: str) -> str | None:
+    """The text after the last `####`, on its line, as in the solutions of GSM8K; None if there is none."""
     _, mark, tail = after_thinking(response).rpartition("####")
-    line = tail.strip().partition("\n")[0].strip() if mark else ""
-    return (line,) if line else ()
+    return tail.strip().partition("\n")[0].strip() or None if mark else None
 
 
-def extract(response: str, style: AnswerStyle) -> tuple[str, ...]:
-    """The candidate answers of a response, the last one being the answer; empty if it gives none."""
+def extract(response: str, style: AnswerStyle) -> str | None:
+    """The final answer of a response as it is written; None if it gives none."""
     return extract_hash(response) if style == "hash" else extract_boxed(response)

@@ -29,6 +29,7 @@ _GREEK = {
     "φ": "phi", "χ": "chi", "ψ": "psi", "ω": "omega", "Γ": "Gamma", "Δ": "Delta", "Θ": "Theta", "Λ": "Lambda",
     "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi", "Ω": "Omega",
 }  # fmt: skip
+GREEK_NAMES = (*_GREEK.values(), "iota", "upsilon", "Upsilon")
 _UNICODE = {
     **_SYMBOLS,
     **{letter: f"\\{name} " for letter, name in _GREEK.items()},
@@ -46,7 +47,10 @@ _COLOUR = re.compile(r"\\(?:text)?color\s?\{[^{}]*\}|\\(?:cancel|underline|maths
 _TEXT_COMMANDS = re.compile(
     r"\\(?:text(?:normal|bf|it|rm|sf|tt|up|md|sc|sl)?|mbox|hbox|math(?:rm|bf|it|sf|tt|normal|up)|operatorname\*?)\s?\{"
 )
+# A single upright letter is a symbol, except after a number, where it is a unit.
+_LETTER = re.compile(r"(?<![\d})\s])\\text\{([A-Za-z])\}")
 _BOXES = re.compile(r"\\(?:boxed|fbox)\s?\{")
+_FUNCTIONS = "sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan"
 _ALIASES = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(?:leqslant|leq|le)(?![A-Za-z])|<=|=<"), r"\\le "),
@@ -70,13 +74,13 @@ _ALIASES = (
     (re.compile(r"\\varphi(?![A-Za-z])"), r"\\phi "),
     (re.compile(r"\\(?:lor|vee)(?![A-Za-z])|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"), ","),
     (re.compile(r"\^\s?\{?\s?(?:\\circ|\\degree)(?![A-Za-z])\s?\}?|\\degree(?![A-Za-z])"), r"^{\\circ}"),
-    (re.compile(r"\^\s?\{\s?((?:\\prime\s?)+)\}|\^\s?\\prime(?![A-Za-z])"), lambda m: "'" * max(1, m[0].count("prime"))),
+    (re.compile(r"\^\s?\{\s?(?:\\prime\s?)+\}|\^\s?\\prime(?![A-Za-z])"), lambda m: "'" * m[0].count("prime")),
     (re.compile(r"(?<![A-Za-z\\])(?:infinity|infty|inf)(?![A-Za-z])"), r"\\infty "),
-    (re.compile(r"(?<![A-Za-z\\])(sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|arcsin|arccos|arctan)(?![A-Za-z])"), r"\\\1 "),
+    (re.compile(rf"(?<![A-Za-z\\])(sqrt|pi|{_FUNCTIONS})(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"(?<![A-Za-z])np\s?\.\s?"), ""),
     (re.compile(r"\\?%|(?<![A-Za-z])(?:percentage|percent|pct)(?![A-Za-z])"), r"\\% "),
     (re.compile(r"\\sqrt\s?\(([^()]*)\)"), r"\\sqrt{\1}"),
-    (re.compile(r"\\operatorname\*?\s?\{(sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan)\}"), r"\\\1 "),
+    (re.compile(rf"\\operatorname\*?\s?\{{({_FUNCTIONS})\}}"), r"\\\1 "),
 )  # fmt: skip
 _TOKEN_ARGUMENT = r"([0-9A-Za-z]|\\(?:pi|alpha|beta|gamma|theta|omega|lambda|mu|sigma|tau)(?![A-Za-z]))"
 _FRAC_TWO = re.compile(rf"\\(frac|binom)\s?{_TOKEN_ARGUMENT}\s?{_TOKEN_ARGUMENT}")
@@ -84,6 +88,8 @@ _FRAC_ONE = re.compile(rf"\\(frac|binom)\s?{_TOKEN_ARGUMENT}\s?(?=\{{)")
 _FRAC_OPEN = re.compile(r"\\(?:frac|binom)\s?(?=\{)")
 _SQRT = re.compile(rf"\\sqrt\s?(\[[^\[\]]*\])?\s?{_TOKEN_ARGUMENT}")
 _SCRIPT = re.compile(r"([\^_])\s?(-?\d+|[A-Za-z])")
+
+_SCRIPTS_SWAPPED = re.compile(r"\^(\{[^{}]*\})\s?_(\{[^{}]*\})")
 
 
 def fold_unicode(text: str) -> str:
@@ -161,6 +167,7 @@ def _brace_arguments(text: str) -> str:
     text = _FRAC_ONE.sub(r"\\\1{\2}", text)
     text = _SQRT.sub(lambda m: rf"\sqrt{m[1] or ''}{{{m[2]}}}", text)
     text = _SCRIPT.sub(r"\1{\2}", text)
+    text = _SCRIPTS_SWAPPED.sub(r"_\2^\1", text)
     pairs = matching_braces(text)
     cuts: list[tuple[int, int, str]] = []
     for match in _FRAC_OPEN.finditer(text):
@@ -195,7 +202,7 @@ def normalize(raw: str) -> str | None:
         return None
     text = re.sub(r"\s+", " ", fold_unicode(raw)).strip()
     text = _rows(_LAYOUT.sub("", text))
-    if len(text) > 8 * LIMIT:
+    if len(text) > 3 * LIMIT:
         return None
     text = text.replace(r"\$", "").replace("$", " ")
     text = re.sub(r"^(?:\*\*|__)(.*?)(?:\*\*|__)$", r"\1", text).replace("**", "^")
@@ -204,8 +211,9 @@ def normalize(raw: str) -> str | None:
     text = _unwrap(text, _BOXES, "")
     text = _COLOUR.sub("", text)
     text = _peel_text(_unwrap(text, _TEXT_COMMANDS, "\\text{"))
+    text = _LETTER.sub(r"\1", text)
     for pattern, replacement in _ALIASES:
-        text = pattern.sub(replacement, text)  # type: ignore[arg-type]
+        text = pattern.sub(replacement, text)
     text = _brace_arguments(text)
     text = re.sub(r"\\text\{\s*,?\s*\}", ",", text)
     text = re.sub(r"\s+", " ", text).strip(" ,;:&").rstrip(" .,;:&")
@@ -224,7 +232,7 @@ def peel_brackets(text: str) -> str:
     """The text without the parentheses and TeX groups that enclose all of it and hold a single item."""
     pairs = matching_brackets(text)
     start, end = 0, len(text)
-    while end - start >= 2 and text[start] in "({" and pairs.get(start) == end - 1:
+    while end - start >= 2 and text[start : start + 1] + text[end - 1] in ("()", "{}") and pairs.get(start) == end - 1:
         start, end = start + 1, end - 1
         while start < end and text[start] == " ":
             start += 1

@@ -19,7 +19,8 @@ _REPEATING = re.compile(r"(?P<sign>[+-]?) ?(?P<whole>\d*)\.(?P<head>\d*)\\(?:ove
 _QUOTIENT = re.compile(r"(?P<sign>[+-]?) ?\(?(?P<above>[+-]?[\d.,]+)\)? ?/ ?\(?(?P<below>[+-]?[\d.,]+)\)?")
 _FRACTION = re.compile(r"(?P<sign>[+-]?) ?\\frac\{ ?(?P<above>[+-]?[\d., ]+)\}\{ ?(?P<below>[+-]?[\d., ]+)\}")
 _MIXED = re.compile(
-    r"(?P<sign>[+-]?) ?(?P<whole>\d+) ?(?:\\frac\{ ?(?P<above>\d+) ?\}\{ ?(?P<below>\d+) ?\}| (?P<over>\d+) ?/ ?(?P<under>\d+))"
+    r"(?P<sign>[+-]?) ?(?P<whole>\d+) ?"
+    r"(?:\\frac\{ ?(?P<above>\d+) ?\}\{ ?(?P<below>\d+) ?\}| (?P<over>\d+) ?/ ?(?P<under>\d+))"
 )
 
 

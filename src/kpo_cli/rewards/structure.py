@@ -17,13 +17,13 @@ MAX_ITEMS = 100
 _RELATIONS = ("=", "<", ">", "\\le", "\\ge", "\\ne", "\\in", "\\approx")
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 # Code, quotes and comment signs are no mathematics: an answer with them is not parsed.
-_FORBIDDEN = re.compile(r"[\"`@#?]|__|\\x|[A-Za-z]\.[A-Za-z_]|\b(?:import|lambda|exec|eval|if|else|for)\b")
-_NAME_PIECE = (
-    r"(?:\\(?:angle|triangle|widehat|hat|bar|vec|overline|max|min|text|operatorname)(?![A-Za-z])|\\text\{[^{}]*\}"
-    r"|\\[A-Za-z]+|[A-Za-z]+|_\{[^{}]*\}|'|\s|\{|\}|\([^()]*\))"
+_FORBIDDEN = re.compile(
+    r"[\"`@#?]|__|(?:^|[(,\[{=+*/ ])\s*'|\\x|[A-Za-z]\.[A-Za-z_]|\b(?:import|lambda|exec|eval|if|else|for)\b"
 )
-_NAME = re.compile(rf"{_NAME_PIECE}+(?::{_NAME_PIECE}+)*")
-_CONSTANT = re.compile(r"(?:\\pi|\\infty|\\emptyset|\\mathbb\{[A-Z]\}|e|i|\s|\\frac.*|\\sqrt.*|.*\\begin.*)", re.DOTALL)
+# Possessive, so that a long run of letters cannot be split in many ways.
+_NAME_PIECES = r"(?>\\[A-Za-z]+|[A-Za-z]|_\{[^{}]*\}|[{}']|\s|\([^()]*\))++"
+_NAME = re.compile(rf"{_NAME_PIECES}(?::{_NAME_PIECES})*+")
+_NO_NAME = re.compile(r"\\(?:frac|sqrt|binom|sum|int|prod|lim|infty|emptyset|mathbb|begin|pi|cdot|pm|mp)(?![A-Za-z])")
 _TUPLE_OF_NAMES = re.compile(r"\(([^()]*,[^()]*)\)")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
@@ -42,7 +42,9 @@ _SUFFIXES = (
     re.compile(rf"(?<=[\d}})])\s*{_UNIT_WORDS}(?:\s*(?:/|per)\s*[A-Za-z]+)?(?:\^\{{\d\}})?$"),
     re.compile(r"\s*\^\{\\circ\}(?:\s*[CF])?$"),
 )
-_PREFIX = re.compile(r"\\text\{[^{}]*\}\s*:?\s*(?=[\d(\\\-])|\\(?:therefore|implies|Rightarrow)(?![A-Za-z])\s*|:\s*")
+_PREFIX = re.compile(
+    r"\\text\{[^{}]*\}\s*:?\s*(?=[\d(\\\-])|\\(?:therefore|implies|Rightarrow|approx)(?![A-Za-z])\s*|[:=]\s*"
+)
 
 
 class Undecided(Exception):
@@ -125,22 +127,25 @@ def squeeze(text: str) -> str:
     return re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", text)
 
 
+def is_code(text: str) -> bool:
+    """True for a text with quotes, comments or Python in it."""
+    return bool(_FORBIDDEN.search(text))
+
+
 def same_answer(gold: str, answer: str, judge: Judge) -> bool:
     """True if a normalised answer says the same as the normalised gold."""
     if squeeze(gold) == squeeze(answer):
         return True
     if not answer or _FORBIDDEN.search(answer):
         return False
-    return any(
-        _same_shape(one, other, judge) for one in _readings(gold) for other in _readings(answer)
-    )
+    return any(_same_shape(one, other, judge) for one in _readings(gold) for other in _readings(answer))
 
 
 def _readings(text: str) -> list[Shape]:
     """The ways to read a text: "100,200" is a number, and a list as well."""
     shape = read_shape(text)
-    if isinstance(shape, Value) and _THOUSANDS.fullmatch(text):
-        return [shape, Group("", "", tuple(text.split(",")))]
+    if isinstance(shape, Value) and _THOUSANDS.fullmatch(shape.text):
+        return [shape, Group("", "", tuple(shape.text.split(",")))]
     return [shape]
 
 
@@ -173,9 +178,12 @@ _COLON = re.compile(":")
 
 def read_shape(text: str) -> Shape:
     """The shape of a normalised text."""
-    text = _PREFIX.sub("", peel_brackets(text.strip()), count=1) or text
-    if _THOUSANDS.fullmatch(text):
-        return Value(text)
+    text = peel_brackets(text.strip())
+    prefix = _PREFIX.match(text)
+    if prefix:
+        text = text[prefix.end() :]
+    if "," in text and _THOUSANDS.fullmatch(strip_units(text)):
+        return Value(strip_units(text))
     matrix = _MATRIX.fullmatch(text)
     if matrix and matrix[2].count("\\begin") == 0:
         return _read_matrix(matrix[2])
@@ -210,7 +218,7 @@ def _read_list(text: str) -> Shape:
     if semicolons and any(has_top_level_comma(part) for part in outer):
         return Group("", "", tuple("(" + ",".join(_values_of(part)) + ")" for part in outer))
     items = [item for part in split_top(text, _COMMA)[0] for item in _expand_signs(part) if item]
-    return Group("", "", tuple(items)) if len(items) > 1 else read_shape(items[0] if items else "")
+    return Group("", "", tuple(items)) if len(items) > 1 else Value(text)
 
 
 def _values_of(text: str) -> list[str]:
@@ -242,12 +250,7 @@ def _read_group(text: str) -> Group | Value | None:
     closed = "\\}" if opened == "\\{" else text[-1:]
     if close is None or close + len(closed) != len(text):
         return None
-    items = [
-        item
-        for part in split_top(text[len(opened) : close], _COMMA)[0]
-        for item in _expand_signs(part)
-        if item
-    ]
+    items = [item for part in split_top(text[len(opened) : close], _COMMA)[0] for item in _expand_signs(part) if item]
     if opened == "\\{" and len(items) == 1:
         return Value(items[0]) if not split_top(items[0], _SIGN)[1] else None
     if len(items) < 2:
@@ -289,7 +292,12 @@ def is_name(text: str) -> bool:
     names = _TUPLE_OF_NAMES.fullmatch(text)
     if names:
         return all(is_name(name.strip()) for name in names[1].split(","))
-    return bool(_NAME.fullmatch(text)) and not _CONSTANT.fullmatch(text) and any(map(str.isalpha, text))
+    return (
+        text not in ("e", "i")
+        and bool(_NAME.fullmatch(text))
+        and not _NO_NAME.search(text)
+        and any(map(str.isalpha, text))
+    )
 
 
 def _is_assignment(relation: Relation) -> bool:
@@ -492,6 +500,8 @@ def _intervals(shape: Shape) -> list[str] | None:
         case Union(parts=parts):
             return [*parts]
         case Relation():
+            if shape.signs == ("\\ne",) and is_name(shape.sides[0]):
+                return [rf"(-\infty,{shape.sides[1]})", rf"({shape.sides[1]},\infty)"]
             span = _as_interval(shape)
             return [span] if span else None
     return None

@@ -1,0 +1,411 @@
+r"""Expressions as trees: a reader of normalised LaTeX, and their values at points to high precision.
+
+Two expressions that differ at a point are different; two that agree to sixty digits at several generic points are the
+same, far more surely than a simplifier can tell in reasonable time. What the reader does not know (sums, integrals,
+matrices) is left to math-verify. Text is only ever split into tokens here: there is no evaluation of code anywhere.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+from kpo_cli.rewards.normalize import GREEK_NAMES
+from kpo_cli.rewards.numbers import read_number
+
+MAX_DEPTH = 200
+
+
+class NotRead(Exception):
+    """The text is not an expression of the kinds that this reader knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of the tree: `op` is number, symbol, constant, add, mul, pow, call, or the name of a function."""
+
+    op: str
+    args: tuple["Node", ...] = ()
+    value: Fraction = Fraction(0)
+    name: str = ""
+
+
+_TOKEN = re.compile(
+    r"\s+|(?P<repeating>\d*\.\d*\\(?:overline|bar)\{\d+\})|(?P<number>(?:\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\d.]))?)"
+    r"|(?P<command>\\[A-Za-z]+|\\.)|(?P<letter>[A-Za-z])|(?P<sign>.)",
+    re.DOTALL,
+)
+_FUNCTIONS = {
+    "\\sin": "sin", "\\cos": "cos", "\\tan": "tan", "\\cot": "cot", "\\sec": "sec", "\\csc": "csc",
+    "\\arcsin": "asin", "\\arccos": "acos", "\\arctan": "atan", "\\sinh": "sinh", "\\cosh": "cosh", "\\tanh": "tanh",
+    "\\ln": "ln", "\\log": "ln", "\\lg": "lg", "\\exp": "exp",
+}  # fmt: skip
+_INVERSES = {"sin": "asin", "cos": "acos", "tan": "atan"}
+_OTHER_SYMBOLS = (
+    "hbar",
+    "ell",
+    "mho",
+    "odot",
+    "partial",
+    "nabla",
+    "aleph",
+    "Re",
+    "Im",
+    "angle",
+    "triangle",
+    "Xi",
+    "Pi",
+)
+_ACCENTS = {
+    "\\bar",
+    "\\overline",
+    "\\hat",
+    "\\widehat",
+    "\\vec",
+    "\\overrightarrow",
+    "\\tilde",
+    "\\mathbf",
+    "\\mathcal",
+}
+_GREEK = {f"\\{name}" for name in (*GREEK_NAMES, *_OTHER_SYMBOLS) if name != "pi"}
+# Letters that denote functions: an application of them is one unknown, not a product.
+_FUNCTION_LETTERS = set("fghuFGH") | {"\\delta", "\\phi", "\\psi"}
+_CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "|": "|"}
+_STARTS = re.compile(r"[0-9A-Za-z.({\[|\\]")
+_STOPS = {
+    "\\cdot",
+    "\\le",
+    "\\ge",
+    "\\ne",
+    "\\in",
+    "\\rfloor",
+    "\\rceil",
+    "\\}",
+    "\\cr",
+    "\\%",
+    "\\end",
+    "\\cup",
+    "\\setminus",
+}
+_DERIVATIVE = re.compile(
+    r"\\frac\{ ?d ?(?:\^\{ ?(?P<order>\d) ?\} ?)?(?P<of>\\?[A-Za-z]+(?:_\{[^{}]*\})?) ?\}"
+    r"\{ ?d ?\\?[A-Za-z]+ ?(?:\^\{ ?\d ?\})? ?\}"
+)
+
+
+def number(value: int | Fraction) -> Node:
+    """A number as a node."""
+    return Node("number", value=Fraction(value))
+
+
+@lru_cache(maxsize=4096)
+def read(text: str) -> Node:
+    """The tree of a normalised expression; raises `NotRead` if it is not one."""
+    return Reader(text).read_all()
+
+
+class Reader:
+    """Recursive descent over the tokens of one expression."""
+
+    def __init__(self, text: str) -> None:
+        # Leibniz's, Newton's and Lagrange's derivatives are one notation here.
+        text = _DERIVATIVE.sub(lambda m: rf"\deriv{{{m['order'] or 1}}}{{{m['of']}}}", text)
+        self._tokens = [m for m in _TOKEN.finditer(text) if not m.group().isspace()]
+        self._at = 0
+        self._depth = 0
+        self._bars = 0
+        self._radians = bool(re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text))
+
+    def read_all(self) -> Node:
+        """The expression, which must end where the text does."""
+        node = self._sum()
+        if self._at != len(self._tokens):
+            raise NotRead
+        return node
+
+    def _peek(self, ahead: int = 0) -> str:
+        position = self._at + ahead
+        return self._tokens[position].group() if position < len(self._tokens) else ""
+
+    def _next(self) -> str:
+        token = self._peek()
+        self._at += 1
+        return token
+
+    def _take(self, token: str) -> bool:
+        if self._peek() == token:
+            self._at += 1
+            return True
+        return False
+
+    def _expect(self, token: str) -> None:
+        if not self._take(token):
+            raise NotRead
+
+    def _sum(self) -> Node:
+        """Terms with signs between them."""
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise NotRead
+        terms = []
+        sign = 1
+        while self._peek() in ("+", "-"):
+            sign *= -1 if self._next() == "-" else 1
+        terms.append(_negated(self._product(), sign))
+        while self._peek() in ("+", "-"):
+            sign = 1
+            while self._peek() in ("+", "-"):
+                sign *= -1 if self._next() == "-" else 1
+            terms.append(_negated(self._product(), sign))
+        self._depth -= 1
+        return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
+
+    def _product(self) -> Node:
+        """Factors joined by dots, slashes or nothing, from left to right."""
+        factors = [self._mixed() or self._power()]
+        while True:
+            if self._take("\\cdot"):
+                factors.append(self._signed_power())
+            elif self._take("/"):
+                factors.append(_power_of(self._signed_power(), number(-1)))
+            elif self._starts_factor():
+                factors.append(self._power())
+            else:
+                return factors[0] if len(factors) == 1 else Node("mul", tuple(factors))
+
+    def _signed_power(self) -> Node:
+        """A factor after an explicit operator, which may carry a sign."""
+        sign = 1
+        while self._peek() in ("+", "-"):
+            sign *= -1 if self._next() == "-" else 1
+        return _negated(self._power(), sign)
+
+    def _starts_factor(self) -> bool:
+        token = self._peek()
+        if token == "|":
+            return self._bars == 0
+        return bool(token) and token not in _STOPS and bool(_STARTS.match(token))
+
+    def _mixed(self) -> Node | None:
+        r"""An integer directly before a fraction of integers is a mixed number: `3\frac{1}{2}`."""
+        tokens = [self._peek(i) for i in range(8)]
+        shape = [tokens[i] for i in (1, 2, 4, 5, 7)]
+        if shape != ["\\frac", "{", "}", "{", "}"] or not all(tokens[i].isdigit() for i in (0, 3, 6)):
+            return None
+        self._at += 8
+        if not int(tokens[6]):
+            raise NotRead
+        return number(int(tokens[0]) + Fraction(int(tokens[3]), int(tokens[6])))
+
+    def _power(self) -> Node:
+        """An atom with what may follow it: powers, factorials, primes, degrees, percent."""
+        base = self._atom()
+        while True:
+            token = self._peek()
+            if token == "^":
+                self._at += 1
+                if [self._peek(i) for i in range(3)] == ["{", "\\circ", "}"]:
+                    self._at += 3
+                    base = Node("mul", (base, Node("degree"))) if self._radians else base
+                else:
+                    base = _power_of(base, self._argument())
+            elif token == "!":
+                self._at += 1
+                base = Node("factorial", (base,))
+            elif token == "\\%":
+                self._at += 1
+            else:
+                return base
+
+    def _argument(self) -> Node:
+        """A TeX argument: a group, or a single token."""
+        if self._take("{"):
+            node = self._sum()
+            self._expect("}")
+            return node
+        if self._peek() == "-":
+            self._at += 1
+            return _negated(self._argument(), -1)
+        return self._atom()
+
+    def _atom(self) -> Node:
+        """A number, a symbol, a bracketed expression, or a command with its arguments."""
+        if self._at >= len(self._tokens):
+            raise NotRead
+        match = self._tokens[self._at]
+        token = self._next()
+        if match["number"] or match["repeating"]:
+            plain = read_number(token)
+            if plain is None:
+                raise NotRead
+            return number(plain.value)
+        if token in _CLOSING:
+            return self._bracketed(token)
+        if match["letter"] or token in _GREEK or token in _ACCENTS:
+            return self._symbol(token)
+        return self._command(token)
+
+    def _bracketed(self, opened: str) -> Node:
+        """An expression in brackets, with the meaning of bars, floor and ceiling."""
+        if opened == "|":
+            self._bars += 1
+        node = self._sum()
+        self._expect(_CLOSING[opened])
+        if opened == "|":
+            self._bars -= 1
+            return Node("abs", (node,))
+        if opened in ("\\lfloor", "\\lceil"):
+            return Node("floor" if opened == "\\lfloor" else "ceil", (node,))
+        if opened == "\\{":
+            raise NotRead
+        return node
+
+    def _command(self, token: str) -> Node:
+        """A command that is no symbol."""
+        if token in _FUNCTIONS:
+            return self._function(_FUNCTIONS[token])
+        if token in ("\\pi", "\\infty"):
+            return Node("constant", name=token)
+        if token == "\\frac":
+            return Node("mul", (self._argument(), _power_of(self._argument(), number(-1))))
+        if token == "\\binom":
+            return Node("binomial", (self._argument(), self._argument()))
+        if token == "\\sqrt":
+            index = number(2)
+            if self._take("["):
+                index = self._sum()
+                self._expect("]")
+            return Node("root", (self._argument(), index))
+        if token == "\\text":
+            return Node("symbol", name=f"text:{self._raw_group()}")
+        if token == "\\deriv":
+            order = int(self._raw_group())
+            return Node("symbol", name="D" * order + ":" + self._raw_group())
+        if token in ("\\dot", "\\ddot"):
+            name = "D" * (1 if token == "\\dot" else 2) + ":" + self._raw_group()
+            return self._applied(name + ("_" + self._raw_group() if self._take("_") else ""))
+        raise NotRead
+
+    def _raw_group(self) -> str:
+        """The text of a group, or a single token, as it stands."""
+        if not self._take("{"):
+            return self._next()
+        depth, parts = 1, list[str]()
+        while True:
+            token = self._next()
+            depth += {"{": 1, "}": -1}.get(token, 0)
+            if not token:
+                raise NotRead
+            if not depth:
+                return "".join(parts)
+            parts.append(token)
+
+    def _symbol(self, token: str) -> Node:
+        """A letter with its accent, subscript and primes; `e` and `i` are constants if bare."""
+        name = f"{token}{{{self._raw_group()}}}" if token in _ACCENTS else token
+        if self._take("_"):
+            name += "_" + self._raw_group()
+        elif token in ("e", "i") and self._peek() != "'":
+            return Node("constant", name=token)
+        primes = 0
+        while self._take("'"):
+            primes += 1
+        return self._applied("D" * primes + ":" + name if primes else name)
+
+    def _applied(self, name: str) -> Node:
+        """The symbol, or its application to an argument as one unknown: `f(2)`, `I(0)`."""
+        letter = name.rpartition(":")[2].partition("_")[0]
+        if self._peek() == "(":
+            inside = self._peek(1)
+            if letter in _FUNCTION_LETTERS or (inside.isdigit() and self._peek(2) == ")"):
+                return Node("symbol", name=name + self._raw_parentheses())
+        return Node("symbol", name=name)
+
+    def _raw_parentheses(self) -> str:
+        """A parenthesised argument as text."""
+        depth, parts = 0, list[str]()
+        while True:
+            token = self._next()
+            if not token:
+                raise NotRead
+            depth += {"(": 1, ")": -1}.get(token, 0)
+            parts.append(token)
+            if not depth:
+                return "".join(parts)
+
+    def _function(self, name: str) -> Node:
+        """A named function: its power and base come before its argument."""
+        power: Node | None = None
+        base: Node | None = None
+        while self._peek() in ("^", "_"):
+            if self._next() == "^":
+                power = self._argument()
+            else:
+                base = self._argument()
+        argument = self._function_argument()
+        if power == number(-1) and name in _INVERSES:
+            name, power = _INVERSES[name], None
+        if base is not None:
+            if name != "ln":
+                raise NotRead
+            node = Node("mul", (Node("ln", (argument,)), _power_of(Node("ln", (base,)), number(-1))))
+        elif name == "exp":
+            node = _power_of(Node("constant", name="e"), argument)
+        else:
+            node = Node(name, (argument,))
+        return node if power is None else _power_of(node, power)
+
+    def _function_argument(self) -> Node:
+        r"""Brackets if there are any, else the factors up to the next operator or function: `\sin 2 \pi t`."""
+        if self._peek() in ("(", "{", "[", "|"):
+            node = self._bracketed(self._next())
+            # The bracket was only the first factor of an argument that goes on: "\sin (a)^{2}".
+            while self._peek() == "^":
+                self._at += 1
+                node = _power_of(node, self._argument())
+            return node
+        if self._peek() in _FUNCTIONS:
+            return self._power()
+        factors = [self._power()]
+        while self._starts_factor() and self._peek() not in _FUNCTIONS and self._peek() not in ("(", "["):
+            factors.append(self._power())
+        if self._take("/") and self._peek()[:1].isdigit():
+            factors.append(_power_of(self._power(), number(-1)))
+        return factors[0] if len(factors) == 1 else Node("mul", tuple(factors))
+
+
+def _negated(node: Node, sign: int) -> Node:
+    """The node, or its negative."""
+    if sign > 0:
+        return node
+    if node.op == "number":
+        return number(-node.value)
+    return Node("mul", (number(-1), node))
+
+
+def _power_of(base: Node, exponent: Node) -> Node:
+    """A power."""
+    return Node("pow", (base, exponent))
+
+
+def symbols(node: Node) -> frozenset[str]:
+    """The names of the unknowns in an expression."""
+    found: set[str] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "symbol":
+            found.add(current.name)
+        stack.extend(current.args)
+    return frozenset(found)
+
+
+def operations(node: Node) -> frozenset[str]:
+    """The kinds of nodes in an expression; the imaginary unit counts as one."""
+    found: set[str] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        found.add("i" if current.op == "constant" and current.name == "i" else current.op)
+        stack.extend(current.args)
+    return frozenset(found)
