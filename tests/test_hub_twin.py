@@ -29,9 +29,9 @@ from kpo_cli.data.problems import Problem
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.hydra_app import conf_dir
+from kpo_cli.policy import Policy, load_policy
 from kpo_cli.rollout import HFSampler, Response
 from kpo_cli.training.batch import Batch, make_batch
-from kpo_cli.training.policy import Policy, load_policy
 from kpo_cli.training.state import Progress, save_checkpoint
 from kpo_cli.training.step import response_log_probs
 

@@ -60,8 +60,16 @@ def _train(raw: dict[str, Any]) -> None:
 
 @app.command("eval", context_settings=HYDRA_ARGUMENTS, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
-    """Evaluate checkpoints on benchmarks (not built yet)."""
-    raise UserError("kpo eval is not built yet; kpo train evaluates on held-out problems as it goes")
+    """Evaluate checkpoints: kpo eval checkpoint=RUN benchmarks=[aime24] [key=value ...]. See kpo eval --help."""
+    from kpo_cli.hydra_app import run_with_hydra
+
+    run_with_hydra("eval", _evaluate, context.args)
+
+
+def _evaluate(raw: dict[str, Any]) -> None:
+    from kpo_cli.evaluation.main import run
+
+    run(raw)
 
 
 @app.command(context_settings=HYDRA_ARGUMENTS, add_help_option=False)

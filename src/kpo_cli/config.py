@@ -191,7 +191,7 @@ def train_config(raw: dict[str, Any]) -> TrainConfig:
     if trainer.get("warmup_steps", 0) is None and isinstance(trainer.get("steps"), int):
         trainer["warmup_steps"] = round(0.05 * trainer["steps"])
     raw["trainer"] = trainer
-    config: TrainConfig = _convert(TrainConfig, raw, "")
+    config: TrainConfig = convert(TrainConfig, raw)
     return dataclasses.replace(config, filter=resolve_filter(config.filter, config.method))
 
 
@@ -269,19 +269,23 @@ def data_label(data: DataConfig) -> str:
     return Path(data.path).stem if data.name == "file" and data.path else data.name
 
 
-def _convert(kind: Any, value: Any, key: str) -> Any:
-    """`value` as `kind`, which is a dataclass or one of the annotations used above."""
+def convert(kind: Any, value: Any, key: str = "") -> Any:
+    """`value` as `kind`, which is a dataclass or one of the annotations used above. Raises UserError naming the key."""
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, key)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return None if value is None else _convert(arguments[0], value, key)
+        return None if value is None else convert(arguments[0], value, key)
     if value == "???":
         raise UserError(f"{key} is required: give {key}=...")
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise UserError(f"{key}={value} must be a list of {len(arguments)} values")
-        return tuple(_convert(k, v, f"{key}[{i}]") for i, (k, v) in enumerate(zip(arguments, value, strict=True)))
+        return tuple(convert(k, v, f"{key}[{i}]") for i, (k, v) in enumerate(zip(arguments, value, strict=True)))
+    if origin is list:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{key}={value} must be a list, such as [a,b]")
+        return [convert(arguments[0], v, f"{key}[{i}]") for i, v in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{key}={value} must be a mapping, such as {{name: value}}")
@@ -300,7 +304,7 @@ def _convert_dataclass(kind: Any, value: Any, key: str) -> Any:
     for name in hints:
         if name not in value:
             raise UserError(f"{prefix}{name} is missing; give {prefix}{name}=...")
-    return kind(**{name: _convert(hint, value[name], prefix + name) for name, hint in hints.items()})
+    return kind(**{name: convert(hint, value[name], prefix + name) for name, hint in hints.items()})
 
 
 def _convert_scalar(kind: type, value: Any, key: str) -> Any:

@@ -45,6 +45,7 @@ def load_policy(config: ModelConfig, weights: Path | None = None) -> Policy:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for every load and save would tear ours apart
+    logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # an unreachable hub is one line of ours, not one for each retry
     path = model_source(config)
     source = path if weights is None else str(weights)
@@ -121,6 +122,8 @@ def model_source(config: ModelConfig) -> str:
     if path is None:
         return str(POLICY_DIR)
     local = Path(os.path.expanduser(path))
+    if len(local.name) > 255:
+        raise UserError(f"model.path={path[:60]}... is too long to be a path")
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise UserError(f"model.path={path} is not a model: it has no config.json")

@@ -7,9 +7,9 @@ import torch
 
 from kpo_cli.config import ModelConfig
 from kpo_cli.core import load_objective
+from kpo_cli.policy import load_policy
 from kpo_cli.rollout import HFSampler
 from kpo_cli.training.batch import make_batch
-from kpo_cli.training.policy import load_policy
 from kpo_cli.training.step import Updater, response_log_probs
 
 PROMPTS = [b"8-6-9+7?", b"1+1?", b"3*3*3-2-2?", b"9-9?"]

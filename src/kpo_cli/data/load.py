@@ -38,7 +38,7 @@ def load_problems(config: DataConfig) -> ProblemSets:
     """Training and held-out problems. Raises UserError that names the file, the line and the fix."""
     if config.path is None:
         return _builtin(config)
-    problems, duplicates = _distinct(_rows(config), config)
+    problems, duplicates = read_problems(config)
     # At most a fifth: a small file should still be one to train on.
     heldout = min(config.heldout, len(problems) // 5)
     if heldout < 1:
@@ -59,6 +59,11 @@ def _builtin(config: DataConfig) -> ProblemSets:
     except ValueError as error:
         raise UserError(f"{error}; lower data.limit and data.heldout or raise data.operators") from None
     return ProblemSets(train, heldout, 0, {}, _hash(train + heldout))
+
+
+def read_problems(config: DataConfig) -> tuple[list[Problem], int]:
+    """All distinct problems of a file or a hub data set, and how many rows repeat one. Raises UserError."""
+    return _distinct(_rows(config), config)
 
 
 def _rows(config: DataConfig) -> Iterator[Row]:

@@ -11,10 +11,16 @@ __all__ = ["HFSampler", "Response", "Sampler"]
 
 class Sampler(Protocol):
     def sample(
-        self, prompts: Sequence[list[int]], samples: int, seed: Sequence[int], *, greedy: bool = False
+        self,
+        prompts: Sequence[list[int]],
+        samples: int,
+        seed: Sequence[int],
+        *,
+        greedy: bool = False,
+        places: Sequence[int] | None = None,
     ) -> list[list[Response]]:
         """`samples` responses to each prompt (token ids).
 
-        The random numbers of a response depend on `seed`, the prompt's place and the sample's number alone, not on
-        what is sampled beside it. `greedy` takes the most likely token each time.
+        The random numbers of a response depend on `seed`, the prompt's place (`places`, or its index) and the
+        sample's number alone, not on what is sampled beside it. `greedy` takes the most likely token each time.
         """

@@ -19,25 +19,45 @@ from kpo_cli.rollout.response import Response
 
 class HFSampler:
     def __init__(
-        self, model: Any, *, stop_ids: Sequence[int], temperature: float, max_response_tokens: int, batch_size: int
+        self,
+        model: Any,
+        *,
+        stop_ids: Sequence[int],
+        temperature: float,
+        max_response_tokens: int,
+        batch_size: int,
+        top_p: float = 1.0,
     ) -> None:
-        """`stop_ids` end a response; `batch_size` responses are sampled at a time."""
+        """`stop_ids` end a response; `batch_size` responses are sampled at a time.
+
+        `top_p` below 1 samples from the nucleus. It is for evaluation alone: a policy is not trained on it.
+        """
         self.model = model
         self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
         self.temperature = temperature
+        self.top_p = top_p
         self.max_response_tokens = max_response_tokens
         self.batch_size = batch_size
 
     def sample(
-        self, prompts: Sequence[list[int]], samples: int, seed: Sequence[int], *, greedy: bool = False
+        self,
+        prompts: Sequence[list[int]],
+        samples: int,
+        seed: Sequence[int],
+        *,
+        greedy: bool = False,
+        places: Sequence[int] | None = None,
     ) -> list[list[Response]]:
+        places = range(len(prompts)) if places is None else places
         rows = [(i, j) for i in range(len(prompts)) for j in range(samples)]
         responses: list[Response] = []
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
             uniforms = None
             if not greedy:
-                draws = [np.random.default_rng([*seed, i, j]).random(self.max_response_tokens) for i, j in batch]
+                draws = [
+                    np.random.default_rng([*seed, places[i], j]).random(self.max_response_tokens) for i, j in batch
+                ]
                 uniforms = torch.from_numpy(np.stack(draws)).to(self.model.device)
             responses += self._sample_batch([prompts[i] for i, _ in batch], uniforms)
         return [responses[i * samples : (i + 1) * samples] for i in range(len(prompts))]
@@ -77,7 +97,11 @@ class HFSampler:
     def _choose(self, logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
         """A token (B,) and its log-probability (B,) from logits (B, V)."""
         log_softmax = torch.log_softmax(logits.float() / self.temperature, dim=-1)
-        token = log_softmax.argmax(-1) if uniform is None else invert_cdf(log_softmax.exp(), uniform)
+        if uniform is None:
+            token = log_softmax.argmax(-1)
+        else:
+            probabilities = log_softmax.exp() if self.top_p == 1 else nucleus(log_softmax.exp(), self.top_p)
+            token = invert_cdf(probabilities, uniform)
         return token, log_softmax.gather(-1, token[:, None]).squeeze(-1)
 
     def _cut(self, tokens: Tensor, log_probs: Tensor) -> list[Response]:
@@ -101,6 +125,13 @@ def invert_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     target = torch.minimum(uniform.double()[:, None] * total, below_total)
     # Only NaN reaches the clamp; it is reported once the batch is done.
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """`probabilities` (B, V), zero outside the fewest most likely tokens that together reach `top_p`."""
+    ordered, index = probabilities.sort(-1, descending=True)
+    before = ordered.double().cumsum(-1) - ordered.double()
+    return torch.zeros_like(probabilities).scatter(-1, index, torch.where(before < top_p, ordered, 0.0))
 
 
 def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from rich.progress import (
 from rich.table import Table
 
 from kpo_cli.core import kalman_meaning
+from kpo_cli.evaluation.statistics import wilson
 
 
 class Display:
@@ -112,13 +113,5 @@ def result_table(summary: dict[str, Any]) -> Table:
 
 
 def _with_interval(share: float, count: int) -> str:
-    low, high = wilson_interval(share, count)
+    low, high = wilson(share, count)
     return f"{share:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a proportion of `count` trials (Wilson 1927); it holds at 0 and 1, where the normal one fails."""
-    centre = share + z * z / (2 * count)
-    half = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    scale = 1 + z * z / count
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

@@ -24,12 +24,12 @@ from kpo_cli.core.filters import AdaptiveFilter
 from kpo_cli.data.prompts import Prompt
 from kpo_cli.errors import RunInterrupted, RunStopped
 from kpo_cli.evaluation import evaluate_heldout
+from kpo_cli.policy import Policy
 from kpo_cli.rewards import Verdict, grade_batch
 from kpo_cli.rollout import Response, Sampler
 from kpo_cli.runs import RunDir
 from kpo_cli.training.batch import Batch, make_batch
 from kpo_cli.training.display import Display
-from kpo_cli.training.policy import Policy
 from kpo_cli.training.records import write_ratios
 from kpo_cli.training.state import Progress, save_checkpoint
 from kpo_cli.training.step import Updater, UpdateRecord

@@ -9,17 +9,13 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from kpo_cli.checkpoints import newest_checkpoint
 from kpo_cli.config import RolloutConfig, TrainConfig, as_dict, data_label, model_label, train_config
 from kpo_cli.core import MaskedImportance, Objective, ReferenceKL, TruncatedImportance, build_objective
 from kpo_cli.data.load import ProblemSets, load_problems
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
-from kpo_cli.rollout import HFSampler
-from kpo_cli.runs import RunDir, check_new, default_run_dir, make_manifest
-from kpo_cli.training.display import Display, describe_filter, result_table
-from kpo_cli.training.loop import Training, train
-from kpo_cli.training.memory import check_memory, plan_memory
-from kpo_cli.training.policy import (
+from kpo_cli.policy import (
     Policy,
     choose_device,
     choose_threads,
@@ -27,7 +23,12 @@ from kpo_cli.training.policy import (
     loading_errors,
     model_source,
 )
-from kpo_cli.training.state import Progress, newest_checkpoint, restore
+from kpo_cli.rollout import HFSampler
+from kpo_cli.runs import RunDir, check_new, default_run_dir, make_manifest
+from kpo_cli.training.display import Display, describe_filter, result_table
+from kpo_cli.training.loop import Training, train
+from kpo_cli.training.memory import check_memory, plan_memory
+from kpo_cli.training.state import Progress, restore
 from kpo_cli.training.step import Updater
 
 MAY_CHANGE = ("steps", "eval_every", "checkpoint_every", "keep_checkpoints", "ratios_every")

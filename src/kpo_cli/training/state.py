@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from kpo_cli.errors import UserError
+from kpo_cli.checkpoints import checkpoints
+from kpo_cli.policy import Policy
 from kpo_cli.runs import sha256_of, write_text
-from kpo_cli.training.policy import Policy
 
 
 @dataclass
@@ -68,25 +68,6 @@ def save_checkpoint(
     return final
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint directories, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
-
-
-def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose checksums hold (None if there never was one), and a line for each that fails."""
-    found = checkpoints(run)
-    problems: list[str] = []
-    for path in reversed(found):
-        problem = _damage(path)
-        if problem is None:
-            return path, problems
-        problems.append(f"{path} is damaged ({problem})")
-    if found:
-        raise UserError(f"no checkpoint of {run} is whole: {'; '.join(problems)}; start the run again")
-    return None, problems
-
-
 def restore(path: Path, optimizer: torch.optim.Optimizer) -> Progress:
     """Load the trainer/ folder of a checkpoint into the optimizer and the random generators."""
     state = json.loads((path / "trainer" / "state.json").read_text())
@@ -127,17 +108,6 @@ def _random_states() -> dict[str, torch.Tensor]:
 
 def _as_lists(state: Any) -> Any:
     return [_as_lists(item) for item in state] if isinstance(state, tuple) else state
-
-
-def _damage(path: Path) -> str | None:
-    try:
-        sums = json.loads((path / "checksums.json").read_text())
-        for name, expected in sums.items():
-            if sha256_of(path / name) != expected:
-                return f"{name} has changed"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
 
 
 def _sync(folder: Path) -> None:

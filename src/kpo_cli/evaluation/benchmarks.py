@@ -1,0 +1,92 @@
+"""The problems of a benchmark: from the hub, from a directory of local copies, or from any file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kpo_cli.config import DataConfig, FieldNames
+from kpo_cli.data.arithmetic import arithmetic_problems
+from kpo_cli.data.load import read_problems
+from kpo_cli.data.problems import Problem
+from kpo_cli.errors import UserError
+from kpo_cli.evaluation.config import EvalConfig
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+ARITHMETIC = 200
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    name: str
+    problems: list[Problem]
+    total: int
+    """Problems before eval.limit."""
+    has_instruction: bool
+    """False for the built-in task, which needs no request for a box."""
+
+
+def load_benchmark(name: str, config: EvalConfig) -> Benchmark:
+    """Raises UserError for a name or file that does not exist, wrong fields, duplicates, or a wrong number of rows."""
+    if name == "arithmetic":
+        problems = arithmetic_problems("heldout", ARITHMETIC, seed=0)
+        return Benchmark(name, problems[: config.eval.limit], ARITHMETIC, has_instruction=False)
+    if name in config.known:
+        problems = _known(name, config)
+    elif Path(name).suffix.lower() in SUFFIXES:
+        problems = _distinct(read_problems(data_config(name)), name)
+    else:
+        names = ", ".join(["arithmetic", *config.known])
+        raise UserError(
+            f"benchmarks: {name} does not exist; there are {names}, or give a .jsonl, .json or .parquet file"
+        )
+    return Benchmark(Path(name).stem, problems[: config.eval.limit], len(problems), has_instruction=True)
+
+
+def _known(name: str, config: EvalConfig) -> list[Problem]:
+    source = config.source(name)
+    if config.data_dir is None:
+        fields = FieldNames("id", source.problem, source.answer)
+        read = read_problems(data_config(source.path, source.subset, source.split, fields, source.answer_style))
+    else:
+        candidates = [Path(config.data_dir) / f"{name}{suffix}" for suffix in SUFFIXES]
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is None:
+            raise UserError(f"data_dir={config.data_dir} has no {candidates[0].name} (nor .json, .parquet)")
+        read = read_problems(data_config(str(path)))
+    problems = _distinct(read, name)
+    if len(problems) not in source.rows:
+        expected = " or ".join(map(str, source.rows))
+        raise UserError(
+            f"{name} has {len(problems)} problems but should have {expected}; the copy is not the benchmark"
+        )
+    return problems
+
+
+def _distinct(read: tuple[list[Problem], int], name: str) -> list[Problem]:
+    problems, repeated = read
+    if repeated:
+        raise UserError(f"benchmark {name} repeats {repeated} problems; each must stand in it once")
+    return problems
+
+
+def data_config(
+    path: str,
+    subset: str | None = None,
+    split: str = "train",
+    fields: FieldNames | None = None,
+    answer_style: str = "plain",
+) -> DataConfig:
+    return DataConfig(
+        name="file",
+        path=path,
+        subset=subset,
+        split=split,
+        operators=None,
+        limit=None,
+        heldout=1,
+        seed=0,
+        fields=fields or FieldNames("id", "problem", "answer"),
+        problem_pattern=None,
+        answer_style=answer_style,
+        system_prompt=None,
+        instruction=None,
+    )

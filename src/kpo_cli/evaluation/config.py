@@ -1,0 +1,83 @@
+"""The configuration of `kpo eval`, converted once from Hydra's."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kpo_cli.config import ANSWER_STYLES, ModelConfig, convert
+from kpo_cli.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    name: str
+    n: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    max_prompt_tokens: int
+    limit: int | None
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for key in ("n", "max_tokens", "max_prompt_tokens", "batch_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"eval.{key}={getattr(self, key)} must be at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"eval.limit={self.limit} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"eval.temperature={self.temperature} must be a finite number, at least 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"eval.top_p={self.top_p} must be above 0 and at most 1")
+        if self.temperature == 0 and self.n > 1:
+            raise UserError(f"eval.temperature=0 gives the same response {self.n} times; set eval.n=1")
+
+
+@dataclass(frozen=True)
+class BenchmarkSource:
+    """Where a benchmark lies on the hub."""
+
+    path: str
+    subset: str | None
+    split: str
+    problem: str
+    answer: str
+    answer_style: str
+    rows: list[int]
+
+    def __post_init__(self) -> None:
+        if self.answer_style not in ANSWER_STYLES:
+            raise UserError(f"known: answer_style={self.answer_style} must be one of: {', '.join(ANSWER_STYLES)}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    checkpoint: str | None
+    vs: str | None
+    benchmarks: list[str]
+    data_dir: str | None
+    regrade: str | None
+    system_prompt: str | None
+    instruction: str | None
+    published: bool
+    seed: int
+    eval: SamplingConfig
+    known: dict[str, Any]
+    model: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.benchmarks:
+            raise UserError("benchmarks=[] names nothing to evaluate on; give benchmarks=[aime24,math500], say")
+        if len(set(self.benchmarks)) < len(self.benchmarks):
+            raise UserError(f"benchmarks={self.benchmarks} names one of them twice")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must be at least 0")
+        if self.checkpoint is None and self.regrade is None:
+            raise UserError("give checkpoint=RUN, a checkpoint, a model directory, a hub name, or builtin")
+
+    def model_config(self, path: str | None) -> ModelConfig:
+        """The model settings for some weights; None is the built-in policy."""
+        name = "tiny" if path is None else self.model.get("name")
+        return convert(ModelConfig, {**self.model, "name": name, "path": path}, "model")
+
+    def source(self, name: str) -> BenchmarkSource:
+        return convert(BenchmarkSource, self.known[name], f"known.{name}")

@@ -1,0 +1,225 @@
+"""`kpo eval`, from configuration to results: everything that can be wrong is found before the first sample."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kpo_cli.config import convert
+from kpo_cli.data.prompts import Prompt
+from kpo_cli.errors import RunInterrupted, UserError
+from kpo_cli.evaluation import results as report
+from kpo_cli.evaluation.benchmarks import Benchmark, load_benchmark
+from kpo_cli.evaluation.config import EvalConfig
+from kpo_cli.evaluation.samples import Key, Row, SampleFile, make_rows, read_rows, regraded
+from kpo_cli.evaluation.subject import Subject, find_subject
+from kpo_cli.policy import Policy
+from kpo_cli.rollout import HFSampler
+from kpo_cli.runs import RunDir, check_new, make_manifest, write_text
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A policy and what it is asked."""
+
+    role: str
+    """"checkpoint" or "vs"."""
+    subject: Subject
+    policy: Policy
+    prompts: dict[str, list[Prompt]]
+    """By benchmark."""
+
+
+def run(raw: dict[str, Any]) -> None:
+    """Entry point of the command; `raw` is the composed configuration. Raises UserError."""
+    raw.pop("overrides")
+    run_dir = raw.pop("run_dir")
+    config = convert(EvalConfig, raw)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    target = None if run_dir is None else Path(str(run_dir))
+    if config.regrade is not None:
+        _regrade(config, Path(config.regrade), target, console)
+    else:
+        _evaluate(config, target, console)
+
+
+def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> None:
+    roles = {"checkpoint": config.checkpoint, "vs": config.vs}
+    subjects = {role: find_subject(name, config) for role, name in roles.items() if name is not None}
+    benchmarks = {name: load_benchmark(name, config) for name in config.benchmarks}
+    asked = [_ask(role, subject, list(benchmarks.values()), config) for role, subject in subjects.items()]
+    settings = _settings(config, asked, benchmarks)
+    if run_dir is None:
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+        run_dir = Path("outputs") / "eval" / f"{subjects['checkpoint'].label}-{digest}"
+    with _open(run_dir, settings, asked) as out:
+        samples = SampleFile(out.path / "samples.jsonl", config.eval.n)
+        console.print(f"evaluation: {out.path}", markup=False)
+        for item in asked:
+            first = next(iter(item.prompts.values()))[0]
+            console.print(f"first prompt of {item.subject.label}: {first.text!r}", markup=False)
+        try:
+            for item in asked:
+                for benchmark in benchmarks.values():
+                    _sample(item, benchmark, config, samples, console)
+        except KeyboardInterrupt:
+            raise RunInterrupted(f"interrupted; the samples made are in {out.path}, the same command goes on") from None
+        keys = {(item.role, b.name): b.problems for item in asked for b in benchmarks.values()}
+        tables = {key: samples.table(key, problems) for key, problems in keys.items()}
+        labels = {item.role: item.subject.label for item in asked}
+        _report(out.path, tables, labels, settings, config, console)
+
+
+def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalConfig) -> Asked:
+    policy = subject.load()
+    prompts = {}
+    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    for benchmark in benchmarks:
+        builder = subject.prompts(policy, benchmark.has_instruction)
+        built = [builder.build(problem) for problem in benchmark.problems]
+        longest = max(len(prompt.token_ids) for prompt in built)
+        if longest > config.eval.max_prompt_tokens:
+            raise UserError(
+                f"{benchmark.name} has a prompt of {longest} tokens but eval.max_prompt_tokens="
+                f"{config.eval.max_prompt_tokens}, and no problem may be left out; raise it"
+            )
+        if context is not None and longest + config.eval.max_tokens > context:
+            raise UserError(
+                f"{benchmark.name}: a prompt of {longest} tokens and eval.max_tokens={config.eval.max_tokens} exceed "
+                f"the context of {context} tokens of {subject.label}; "
+                f"lower eval.max_tokens to {max(1, context - longest)}"
+            )
+        prompts[benchmark.name] = built
+    return Asked(role, subject, policy, prompts)
+
+
+def _settings(config: EvalConfig, asked: list[Asked], benchmarks: dict[str, Benchmark]) -> dict[str, Any]:
+    """Everything that the results depend on: equal settings continue or repeat one evaluation."""
+    return {
+        "sampling": asdict(config.eval),
+        "seed": config.seed,
+        "grader": make_manifest()["versions"]["math-verify"],
+        **{
+            item.role: {
+                "label": item.subject.label,
+                "weights": item.policy.identity,
+                "chat_template": item.subject.model.chat_template,
+                "chat_template_kwargs": item.subject.model.chat_template_kwargs,
+                "system_prompt": item.subject.system_prompt,
+                "instruction": item.subject.instruction,
+                "dtype": item.policy.dtype,
+                "stop_ids": list(item.policy.stop_ids),
+            }
+            for item in asked
+        },
+        "benchmarks": {
+            b.name: {"problems": len(b.problems), "of": b.total, "sha256": _hash(b)} for b in benchmarks.values()
+        },
+    }
+
+
+def _hash(benchmark: Benchmark) -> str:
+    text = "\0".join(f"{p.id}\0{p.problem}\0{p.answer}" for p in benchmark.problems)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _open(path: Path, settings: dict[str, Any], asked: list[Asked]) -> RunDir:
+    """The evaluation's directory: a new one, or the one that this same evaluation has begun."""
+    if not (path / "config.yaml").is_file():
+        return RunDir.create(path, settings, make_manifest(device=str(asked[0].policy.model.device)))
+    out = RunDir.open(path)
+    if out.config() != settings:
+        raise UserError(f"run_dir={path} holds another evaluation; choose another run_dir=")
+    return out
+
+
+def _sample(item: Asked, benchmark: Benchmark, config: EvalConfig, samples: SampleFile, console: Console) -> None:
+    """Make and grade the samples that are not there yet, some problems at a time."""
+    key: Key = (item.role, benchmark.name)
+    prompts, n = item.prompts[benchmark.name], config.eval.n
+    missing = samples.missing(key, len(prompts))
+    greedy = config.eval.temperature == 0
+    sampler = HFSampler(
+        item.policy.model,
+        stop_ids=item.policy.stop_ids,
+        temperature=config.eval.temperature or 1.0,
+        max_response_tokens=config.eval.max_tokens,
+        batch_size=config.eval.batch_size,
+        top_p=config.eval.top_p,
+    )
+    step = max(1, config.eval.batch_size // n)
+    # A benchmark's samples do not change with the other benchmarks beside it.
+    seed = (config.seed, int.from_bytes(hashlib.sha256(benchmark.name.encode()).digest()[:4], "big"))
+    with _progress(console) as progress:
+        done = (len(prompts) - len(missing)) * n
+        task = progress.add_task(f"{item.subject.label} on {benchmark.name}", total=len(prompts) * n, completed=done)
+        for start in range(0, len(missing), step):
+            places = missing[start : start + step]
+            ids = [prompts[place].token_ids for place in places]
+            groups = sampler.sample(ids, n, seed, greedy=greedy, places=places)
+            texts = [[item.policy.decode(response.token_ids) for response in group] for group in groups]
+            problems = [benchmark.problems[place] for place in places]
+            samples.append(key, make_rows(key, places, problems, texts, groups))
+            progress.update(task, advance=len(places) * n)
+    console.print(f"{item.subject.label} on {benchmark.name}: {len(prompts)} problems x {n} samples", markup=False)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
+
+
+def _report(
+    path: Path,
+    tables: dict[Key, list[list[Row]]],
+    labels: dict[str, str],
+    settings: dict[str, Any],
+    config: EvalConfig,
+    console: Console,
+) -> None:
+    benchmarks: dict[str, dict[str, Any]] = {}
+    for (role, name), table in tables.items():
+        benchmarks.setdefault(name, {})[role] = report.summarise(table, config.seed)
+    if "vs" in labels:
+        for name, results in benchmarks.items():
+            first, second = tables["checkpoint", name], tables["vs", name]
+            results["comparison"] = report.compare(first, second, config.seed)
+    results = {"subjects": labels, "settings": settings, "benchmarks": benchmarks}
+    write_text(path / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(path / "results.md", report.markdown(results, config.published))
+    report.pass_at_k_figure(results, path / "pass_at_k.png")
+    for title, head, rows in report.tables(results, config.published):
+        console.print(report.rich_table(title, head, rows))
+    failed = sum(row["grader_failed"] for table in tables.values() for rows in table for row in rows)
+    if failed:
+        console.print(f"warning: the grader failed on {failed} samples; they count as wrong", markup=False)
+    console.print(f"results.json, results.md, pass_at_k.png and samples.jsonl are in {path}", markup=False)
+
+
+def _regrade(config: EvalConfig, source: Path, run_dir: Path | None, console: Console) -> None:
+    """Grade recorded samples again into a directory of their own."""
+    if not (source / "samples.jsonl").is_file() or not (source / "results.json").is_file():
+        raise UserError(f"regrade={source} is not a finished evaluation (it needs samples.jsonl and results.json)")
+    target = run_dir or source / "regraded"
+    check_new(target)
+    stored = json.loads((source / "results.json").read_text())
+    settings = {**stored["settings"], "grader": make_manifest()["versions"]["math-verify"], "regraded": str(source)}
+    old = read_rows(source / "samples.jsonl")
+    new = regraded(old)
+    changed = sum(a["correct"] != b["correct"] for a, b in zip(old, new, strict=True))
+    tables: dict[Key, list[list[Row]]] = {}
+    for row in sorted(new, key=lambda row: (row["place"], row["sample"])):
+        table = tables.setdefault((row["subject"], row["benchmark"]), [])
+        if row["place"] == len(table):
+            table.append([])
+        table[row["place"]].append(row)
+    with RunDir.create(target, settings, make_manifest()) as out:
+        out.write_rows("samples.jsonl", new)
+        console.print(f"{changed} of {len(new)} verdicts changed", markup=False)
+        _report(out.path, tables, stored["subjects"], settings, config, console)
