@@ -74,8 +74,16 @@ def _evaluate(raw: dict[str, Any]) -> None:
 
 @app.command(context_settings=HYDRA_ARGUMENTS, add_help_option=False)
 def analyze(context: typer.Context) -> None:
-    """Statistics of recorded ratios (not built yet)."""
-    raise UserError("kpo analyze is not built yet; the records are in RUN/ratios (docs/run-directory.md)")
+    """See what recorded ratios do: kpo analyze RUN [RUN ...] [key=value ...]. See kpo analyze --help."""
+    from kpo_cli.hydra_app import run_with_hydra, with_paths
+
+    run_with_hydra("analyze", _analyze, with_paths("analyze", context.args, "runs"))
+
+
+def _analyze(raw: dict[str, Any]) -> None:
+    from kpo_cli.analysis.main import run
+
+    run(raw)
 
 
 def main() -> None:

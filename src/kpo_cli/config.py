@@ -113,6 +113,16 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class PeriodicEvalConfig:
+    benchmarks: list[str]
+    data_dir: str | None
+
+    def __post_init__(self) -> None:
+        if len(set(self.benchmarks)) < len(self.benchmarks):
+            raise UserError(f"trainer.eval.benchmarks={self.benchmarks} names one of them twice")
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     steps: int
     prompts_per_step: int
@@ -133,6 +143,7 @@ class TrainerConfig:
     kl_estimator: str
     entropy_bonus: float
     eval_every: int
+    eval: PeriodicEvalConfig
     checkpoint_every: int
     keep_checkpoints: int
     ratios_every: int
@@ -173,6 +184,8 @@ class TrainConfig:
     filter: dict[str, Any]
     rollout: RolloutConfig
     trainer: TrainerConfig
+    known: dict[str, Any]
+    """Where benchmarks lie (conf/benchmark)."""
     seed: int
 
     def __post_init__(self) -> None:

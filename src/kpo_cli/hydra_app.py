@@ -110,6 +110,20 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
+def with_paths(command: str, arguments: list[str], key: str) -> list[str]:
+    """`arguments` with those that are no options and no settings gathered as `key=[...]`, and --watch as watch=true."""
+    flags, rest = split_arguments(arguments)
+    if {"-m", "--multirun"} & set(flags):
+        raise UserError(f"kpo {command} makes no sweeps; give it all {key} at once")
+    settings = [argument for argument in rest if "=" in argument or argument.startswith("~")]
+    paths = [argument for argument in rest if argument not in settings]
+    if "--watch" in flags:
+        settings.append("watch=true")
+    if paths:
+        settings.append(f"{key}=[{','.join(quote_value(path) for path in paths)}]")
+    return [*(flag for flag in flags if flag != "--watch"), *settings]
+
+
 def _check_flags(command: str, flags: list[str]) -> None:
     from hydra._internal.utils import get_args_parser
 

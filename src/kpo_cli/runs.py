@@ -117,8 +117,8 @@ class RunDir:
         kept = [row for row in self.metrics() if row["step"] <= step]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         for folder, suffix in (("ratios", ".safetensors"), ("evals", ".jsonl")):
-            for path in (self.path / folder).glob(f"step-*{suffix}"):
-                if int(path.stem.removeprefix("step-")) > step:
+            for path in (self.path / folder).glob(f"*step-*{suffix}"):
+                if int(path.stem.rpartition("step-")[2]) > step:
                     path.unlink()
         (self.path / "summary.json").unlink(missing_ok=True)
 
@@ -152,6 +152,15 @@ def remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
+
+
+def path_of(key: str, value: Any) -> Path | None:
+    """The path given as `key`, ~ expanded; None for null. Raises UserError for anything but a text."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise UserError(f"{key}={value} must be a path")
+    return Path(os.path.expanduser(str(value)))
 
 
 def default_run_dir(label: str) -> Path:

@@ -179,6 +179,20 @@ def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, capsys):
     assert metrics(run) == metrics(whole)
 
 
+def test_benchmarks_are_evaluated_beside_the_held_out_problems(whole, tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"problem": f"{i}+1?", "answer": str(i + 1)}) + "\n" for i in range(7)))
+    run = train(tmp_path / "run", f"trainer.eval.benchmarks=['{mine}']")
+    assert same_weights(weights(run, 3), weights(whole, 3))  # evaluation draws no random number of training's
+    rows = metrics(run)
+    assert [row["step"] for row in rows if "accuracy_greedy/mine" in row] == [0, 2, 3]
+    samples = [json.loads(line) for line in (run / "evals/mine-step-000003.jsonl").read_text().splitlines()]
+    assert len(samples) == 7
+    assert rows[3]["accuracy_sampled/mine"] == sum(row["sampled"]["correct"] for row in samples) / 7
+    with pytest.raises(UserError, match="aime42 does not exist"):
+        train(tmp_path / "other", "trainer.eval.benchmarks=[aime42]")
+
+
 def test_old_checkpoints_are_removed(tmp_path):
     run = train(tmp_path / "run", "trainer.keep_checkpoints=2")
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000003"]

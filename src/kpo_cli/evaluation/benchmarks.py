@@ -2,16 +2,33 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from kpo_cli.config import DataConfig, FieldNames
+from kpo_cli.config import ANSWER_STYLES, DataConfig, FieldNames, convert
 from kpo_cli.data.arithmetic import arithmetic_problems
 from kpo_cli.data.load import read_problems
 from kpo_cli.data.problems import Problem
 from kpo_cli.errors import UserError
-from kpo_cli.evaluation.config import EvalConfig
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 ARITHMETIC = 200
+
+
+@dataclass(frozen=True)
+class BenchmarkSource:
+    """Where a benchmark lies on the hub."""
+
+    path: str
+    subset: str | None
+    split: str
+    problem: str
+    answer: str
+    answer_style: str
+    rows: list[int]
+
+    def __post_init__(self) -> None:
+        if self.answer_style not in ANSWER_STYLES:
+            raise UserError(f"known: answer_style={self.answer_style} must be one of: {', '.join(ANSWER_STYLES)}")
 
 
 @dataclass(frozen=True)
@@ -24,33 +41,35 @@ class Benchmark:
     """False for the built-in task, which needs no request for a box."""
 
 
-def load_benchmark(name: str, config: EvalConfig) -> Benchmark:
-    """Raises UserError for a name or file that does not exist, wrong fields, duplicates, or a wrong number of rows."""
+def load_benchmark(name: str, known: dict[str, Any], data_dir: str | None, limit: int | None = None) -> Benchmark:
+    """A benchmark by its name in `known` (conf/benchmark), by a file's path, or `arithmetic`.
+
+    Raises UserError for a name or file that does not exist, wrong fields, duplicates, or a wrong number of rows."""
     if name == "arithmetic":
         problems = arithmetic_problems("heldout", ARITHMETIC, seed=0)
-        return Benchmark(name, problems[: config.eval.limit], ARITHMETIC, has_instruction=False)
-    if name in config.known:
-        problems = _known(name, config)
+        return Benchmark(name, problems[:limit], ARITHMETIC, has_instruction=False)
+    if name in known:
+        problems = _known(name, known, data_dir)
     elif Path(name).suffix.lower() in SUFFIXES:
         problems = _distinct(read_problems(data_config(name)), name)
     else:
-        names = ", ".join(["arithmetic", *config.known])
+        names = ", ".join(["arithmetic", *known])
         raise UserError(
             f"benchmarks: {name} does not exist; there are {names}, or give a .jsonl, .json or .parquet file"
         )
-    return Benchmark(Path(name).stem, problems[: config.eval.limit], len(problems), has_instruction=True)
+    return Benchmark(Path(name).stem, problems[:limit], len(problems), has_instruction=True)
 
 
-def _known(name: str, config: EvalConfig) -> list[Problem]:
-    source = config.source(name)
-    if config.data_dir is None:
+def _known(name: str, known: dict[str, Any], data_dir: str | None) -> list[Problem]:
+    source = convert(BenchmarkSource, known[name], f"known.{name}")
+    if data_dir is None:
         fields = FieldNames("id", source.problem, source.answer)
         read = read_problems(data_config(source.path, source.subset, source.split, fields, source.answer_style))
     else:
-        candidates = [Path(config.data_dir) / f"{name}{suffix}" for suffix in SUFFIXES]
+        candidates = [Path(data_dir) / f"{name}{suffix}" for suffix in SUFFIXES]
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
-            raise UserError(f"data_dir={config.data_dir} has no {candidates[0].name} (nor .json, .parquet)")
+            raise UserError(f"data_dir={data_dir} has no {candidates[0].name} (nor .json, .parquet)")
         read = read_problems(data_config(str(path)))
     problems = _distinct(read, name)
     if len(problems) not in source.rows:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from kpo_cli.config import ANSWER_STYLES, ModelConfig, convert
+from kpo_cli.config import ModelConfig, convert
 from kpo_cli.errors import UserError
 
 
@@ -30,23 +30,6 @@ class SamplingConfig:
             raise UserError(f"eval.top_p={self.top_p} must be above 0 and at most 1")
         if self.temperature == 0 and self.n > 1:
             raise UserError(f"eval.temperature=0 gives the same response {self.n} times; set eval.n=1")
-
-
-@dataclass(frozen=True)
-class BenchmarkSource:
-    """Where a benchmark lies on the hub."""
-
-    path: str
-    subset: str | None
-    split: str
-    problem: str
-    answer: str
-    answer_style: str
-    rows: list[int]
-
-    def __post_init__(self) -> None:
-        if self.answer_style not in ANSWER_STYLES:
-            raise UserError(f"known: answer_style={self.answer_style} must be one of: {', '.join(ANSWER_STYLES)}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +61,3 @@ class EvalConfig:
         """The model settings for some weights; None is the built-in policy."""
         name = "tiny" if path is None else self.model.get("name")
         return convert(ModelConfig, {**self.model, "name": name, "path": path}, "model")
-
-    def source(self, name: str) -> BenchmarkSource:
-        return convert(BenchmarkSource, self.known[name], f"known.{name}")

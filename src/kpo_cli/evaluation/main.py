@@ -19,7 +19,7 @@ from kpo_cli.evaluation.samples import Key, Row, SampleFile, make_rows, read_row
 from kpo_cli.evaluation.subject import Subject, find_subject
 from kpo_cli.policy import Policy
 from kpo_cli.rollout import HFSampler
-from kpo_cli.runs import RunDir, check_new, make_manifest, write_text
+from kpo_cli.runs import RunDir, check_new, make_manifest, path_of, write_text
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,11 @@ class Asked:
 def run(raw: dict[str, Any]) -> None:
     """Entry point of the command; `raw` is the composed configuration. Raises UserError."""
     raw.pop("overrides")
-    run_dir = raw.pop("run_dir")
+    target = path_of("run_dir", raw.pop("run_dir"))
     config = convert(EvalConfig, raw)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
-    target = None if run_dir is None else Path(str(run_dir))
     if config.regrade is not None:
         _regrade(config, Path(config.regrade), target, console)
     else:
@@ -52,7 +51,8 @@ def run(raw: dict[str, Any]) -> None:
 def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> None:
     roles = {"checkpoint": config.checkpoint, "vs": config.vs}
     subjects = {role: find_subject(name, config) for role, name in roles.items() if name is not None}
-    benchmarks = {name: load_benchmark(name, config) for name in config.benchmarks}
+    limit = config.eval.limit
+    benchmarks = {name: load_benchmark(name, config.known, config.data_dir, limit) for name in config.benchmarks}
     asked = [_ask(role, subject, list(benchmarks.values()), config) for role, subject in subjects.items()]
     settings = _settings(config, asked, benchmarks)
     if run_dir is None:

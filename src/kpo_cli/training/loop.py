@@ -48,6 +48,8 @@ class Training:
     updater: Updater
     train: list[Prompt]
     heldout: list[Prompt]
+    benchmarks: dict[str, list[Prompt]]
+    """Evaluated beside the held-out problems."""
     templated: bool
     """Prompts went through the tokenizer's chat template."""
 
@@ -200,10 +202,17 @@ def _grade(job: Training, prompts: list[Prompt], responses: list[list[Response]]
 
 
 def _evaluate(job: Training, run: RunDir, step: int, clock: "Clock") -> dict[str, float]:
+    """Held-out problems, and the benchmarks of trainer.eval with their name behind each metric."""
+    seed = (job.config.seed, EVALUATION)
     with clock("eval"):
-        result = evaluate_heldout(job.sampler, job.policy.decode, job.heldout, (job.config.seed, EVALUATION))
+        result = evaluate_heldout(job.sampler, job.policy.decode, job.heldout, seed)
         run.write_rows(f"evals/step-{step:06d}.jsonl", result.samples)
-    return result.metrics()
+        metrics = result.metrics()
+        for name, prompts in job.benchmarks.items():
+            result = evaluate_heldout(job.sampler, job.policy.decode, prompts, seed)
+            run.write_rows(f"evals/{name}-step-{step:06d}.jsonl", result.samples)
+            metrics |= {f"{key}/{name}": value for key, value in result.metrics().items()}
+    return metrics
 
 
 def _metrics(batch: Batch, record: UpdateRecord) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from kpo_cli.core import MaskedImportance, Objective, ReferenceKL, TruncatedImpo
 from kpo_cli.data.load import ProblemSets, load_problems
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
+from kpo_cli.evaluation.benchmarks import load_benchmark
 from kpo_cli.policy import (
     Policy,
     choose_device,
@@ -24,7 +25,7 @@ from kpo_cli.policy import (
     model_source,
 )
 from kpo_cli.rollout import HFSampler
-from kpo_cli.runs import RunDir, check_new, default_run_dir, make_manifest
+from kpo_cli.runs import RunDir, check_new, default_run_dir, make_manifest, path_of
 from kpo_cli.training.display import Display, describe_filter, result_table
 from kpo_cli.training.loop import Training, train
 from kpo_cli.training.memory import check_memory, plan_memory
@@ -37,12 +38,12 @@ MAY_CHANGE = ("steps", "eval_every", "checkpoint_every", "keep_checkpoints", "ra
 
 def run(raw: dict[str, Any]) -> None:
     """Entry point of the command; `raw` is the composed configuration. Raises UserError."""
-    overrides, resume = raw.pop("overrides"), raw.pop("resume")
-    run_dir = raw.pop("run_dir")
+    overrides = raw.pop("overrides")
+    resume, run_dir = (path_of(key, raw.pop(key)) for key in ("resume", "run_dir"))
     if resume is not None:
-        _resume(Path(str(resume)), raw, overrides)
+        _resume(resume, raw, overrides)
     else:
-        _start(train_config(raw), None if run_dir is None else Path(str(run_dir)), overrides)
+        _start(train_config(raw), run_dir, overrides)
 
 
 def _start(config: TrainConfig, run_dir: Path | None, overrides: list[str]) -> None:
@@ -167,6 +168,16 @@ def _assemble(
     builder = PromptBuilder(policy.tokenizer, config.model, config.data)
     train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
     heldout, heldout_dropped = builder.build_all(problems.heldout, rollout.max_prompt_tokens, "held-out")
+    benchmarks = {}
+    for name in trainer.eval.benchmarks:
+        benchmark = load_benchmark(name, config.known, trainer.eval.data_dir)
+        prompts, too_long = builder.build_all(benchmark.problems, rollout.max_prompt_tokens, benchmark.name)
+        if too_long:
+            raise UserError(
+                f"{name}: {too_long} prompts are longer than rollout.max_prompt_tokens={rollout.max_prompt_tokens}, "
+                f"and no problem of a benchmark may be left out; raise it"
+            )
+        benchmarks[benchmark.name] = prompts
     if len(train_prompts) < trainer.prompts_per_step:
         raise UserError(
             f"trainer.prompts_per_step={trainer.prompts_per_step} but there are only {len(train_prompts)} training "
@@ -194,7 +205,7 @@ def _assemble(
         # The policy at the start of the run, whatever checkpoint this one goes on from.
         reference=load_policy(config.model).model.requires_grad_(False) if trainer.kl_coefficient else None,
     )
-    job = Training(config, policy, sampler, updater, train_prompts, heldout, builder.templated)
+    job = Training(config, policy, sampler, updater, train_prompts, heldout, benchmarks, builder.templated)
     return job, _notes(job, problems.overlap, problems.duplicates, dropped + heldout_dropped)
 
 
