@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 from conftest import compose
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
-from kpo_cli.config import as_dict, data_label, model_label, resolve_filter, train_config
+from kpo_cli.config import as_dict, convert, data_label, model_label, resolve_filter, train_config
 from kpo_cli.core import kalman_meaning, list_methods, load_objective
 from kpo_cli.errors import UserError
+from kpo_cli.evaluation.benchmarks import BenchmarkSource
+from kpo_cli.evaluation.config import EvalConfig
 from kpo_cli.hydra_app import conf_dir
 from kpo_cli.training.main import make_objective
 
-# The groups of `kpo train`; conf/ may hold those of other commands beside them.
-GROUPS = [*(key for key, value in compose().items() if isinstance(value, dict)), "experiment"]
+GROUPS = ["model", "method", "filter", "data", "rollout", "trainer", "experiment"]
+"""Those of `kpo train` with a choice; `benchmark` and the groups of other commands have their own tests."""
 FILES = {group: sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")) for group in GROUPS}
 REQUIRED = {("model", "hub"): ["model.path=org/name"], ("data", "file"): ["data.path=x.jsonl"]}
 
@@ -40,9 +45,21 @@ def test_every_file_composes(group: str, name: str, without: list[str]):
         assert raw[group]["name"] == name
 
 
-def test_no_group_of_the_command_is_missed():
-    assert {"model", "method", "filter", "data", "rollout", "trainer", "experiment"} <= set(FILES)
+def test_no_file_of_conf_is_missed():
     assert all(FILES.values())
+    of_eval = {"eval": ["default", "paper", "paper_script"], "benchmark": ["known"]}
+    folders = {
+        path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in conf_dir().iterdir() if path.is_dir()
+    }
+    assert folders == FILES | of_eval
+    for preset in of_eval["eval"]:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            raw = OmegaConf.to_container(hydra_compose("eval", [f"eval={preset}", "checkpoint=builtin"]))
+        config = convert(EvalConfig, {key: value for key, value in raw.items() if key != "run_dir"})
+        assert config.eval.name == preset
+        assert {
+            name: convert(BenchmarkSource, known).path.count("/") for name, known in config.known.items()
+        } == dict.fromkeys(config.known, 1)
 
 
 @pytest.mark.parametrize("method", FILES["method"])
