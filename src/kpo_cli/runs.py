@@ -88,6 +88,13 @@ class RunDir:
             raise UserError(f"{self.path}/config.yaml is not a configuration; put back what was there")
         return plain
 
+    def manifest(self) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}/manifest.json cannot be read: {first_line(error)}") from None
+        return content
+
     def write_config(self, config: dict[str, Any]) -> None:
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
 

@@ -95,6 +95,20 @@ def test_a_real_run_resumes_to_the_same_bits(data, tmp_path):
     assert same_weights(weights(part, 3), weights(whole, 3))
 
 
+def test_a_run_resumes_from_anywhere_but_not_on_changed_data(data, tmp_path, monkeypatch):
+    shutil.copy(data / "problems.jsonl", tmp_path / "mine.jsonl")
+    monkeypatch.chdir(tmp_path)
+    run_dir = train(tmp_path / "run", "data.path=mine.jsonl", "trainer.steps=1")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resume(run_dir, "trainer.steps=2")
+    assert [row["step"] for row in metrics(run_dir)] == [0, 1, 2]
+    with (tmp_path / "mine.jsonl").open("a") as file:
+        file.write('{"problem": "new", "answer": "1"}\n')
+    with pytest.raises(UserError, match=r"mine\.jsonl has changed since"):
+        resume(run_dir, "trainer.steps=3")
+
+
 def test_bfloat16_trains_on_float32_weights_and_reports_its_noise(data, tmp_path):
     model = f"model.path='{hub_twin.shared_model('qwen3')}'"
     run_dir = train(tmp_path / "run", model, "model.dtype=bfloat16", *source(data, "jsonl"))

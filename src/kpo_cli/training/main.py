@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def _start(config: TrainConfig, run_dir: Path | None, overrides: list[str]) -> N
     problems = load_problems(config.data)
     notes = _check_fit(config)
     policy = load_policy(config.model)
-    config = _with_threads(config, policy)
+    config = _complete(config, policy)
     job, more_notes = _assemble(config, objective, problems, policy)
     notes = more_notes + notes
     if run_dir is None:
@@ -69,6 +70,10 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         objective = make_objective(config)
         checkpoint, damaged = newest_checkpoint(path)
         problems = load_problems(config.data)
+        if problems.sha256 != run.manifest()["data"]["sha256"]:
+            raise UserError(
+                f"{config.data.path} has changed since {path} began; put the old file back or start a new run"
+            )
         policy = load_policy(config.model, checkpoint)
         job, notes = _assemble(config, objective, problems, policy)
         progress = Progress() if checkpoint is None else restore(checkpoint, job.updater.optimizer)
@@ -153,9 +158,23 @@ def _check_context(config: TrainConfig, policy: Policy) -> None:
         )
 
 
-def _with_threads(config: TrainConfig, policy: Policy) -> TrainConfig:
+def _complete(config: TrainConfig, policy: Policy) -> TrainConfig:
+    """What a resumed run needs to find again: the number of threads, and local paths from any working directory."""
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or not os.path.exists(os.path.expanduser(path)) else str(_expanded(path))
+
     threads = choose_threads(config.trainer.threads, policy.parameters)
-    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, threads=threads))
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=absolute(config.model.path)),
+        data=dataclasses.replace(config.data, path=absolute(config.data.path)),
+        trainer=dataclasses.replace(config.trainer, threads=threads),
+    )
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expanduser(path)).resolve()
 
 
 def _assemble(
