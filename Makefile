@@ -1,10 +1,10 @@
-# make train | test | check | install. Everything lives in .venv; nothing else is touched.
+# make train | test | check | bench | install. Everything lives in .venv; nothing else is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test check install clean
+.PHONY: train test check bench install clean
 
 train: install
 	$(BIN)/kpo train method=kpo $(ARGS)
@@ -16,6 +16,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/filters.py
+	$(BIN)/python benchmarks/objectives.py
 
 install: $(VENV)/.installed
 

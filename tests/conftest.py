@@ -36,6 +36,14 @@ def _compose(*overrides: str) -> dict[str, Any]:
     return raw
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Several threads fight over the cores that other work uses; and a result is the same at the same number."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 class Result(NamedTuple):
     code: int
     out: str

@@ -20,10 +20,10 @@ def kalman(z, q, v, p0=0.0, observed=None):
     return out
 
 
-def kalman_dense(z, q, v, p0=0.0):
+def kalman_dense(z, q, v, p0=0.0, observed=None):
     """E[x_t | z_1 .. z_t] from the joint Gaussian of states and observations: no recursion at all.
 
-    `v` is a number or one for each token.
+    `v` is a number or one for each token; tokens that are not observed are left out of the observations.
     """
     import numpy as np
 
@@ -31,24 +31,33 @@ def kalman_dense(z, q, v, p0=0.0):
     steps = np.minimum.outer(np.arange(1, n + 1), np.arange(1, n + 1))
     states = p0 + q * steps  # Cov(x_s, x_t) of a random walk
     noise = np.diag(np.broadcast_to(v, n))
+    seen = np.arange(n) if observed is None else np.flatnonzero(observed)
     out = []
-    for t in range(1, n + 1):
-        observations = states[:t, :t] + noise[:t, :t]
-        out.append(float(states[t - 1, :t] @ np.linalg.solve(observations, np.asarray(z[:t]))))
+    for t in range(n):
+        past = seen[seen <= t]
+        observations = (states + noise)[np.ix_(past, past)]
+        out.append(float(states[t, past] @ np.linalg.solve(observations, np.asarray(z)[past])))
     return out
 
 
-def steady(z, q, v):
-    """Constant gain: where the Kalman recursion's own gain ends up."""
-    p = 0.0
-    for _ in range(200_000):
-        p = (p + q) * v / (p + q + v)
-    gain = (p + q) / (p + q + v)
+def steady_gain(q, v):
+    """Where the Kalman recursion's own gain ends up: P- = P + q with P = P- v / (P- + v) is a quadratic in P-."""
+    predicted = (q + math.sqrt(q * q + 4 * q * v)) / 2
+    return predicted / (predicted + v)
+
+
+def ema(z, gain, observed=None):
+    """Exponential moving average from 0; it holds at tokens that are not observed."""
     x, out = 0.0, []
-    for value in z:
-        x += gain * (value - x)
+    for t, value in enumerate(z):
+        if observed is None or observed[t]:
+            x += gain * (value - x)
         out.append(x)
     return out
+
+
+def steady(z, q, v, observed=None):
+    return ema(z, steady_gain(q, v), observed)
 
 
 def robust(z, q, v, kappa, p0=0.0, observed=None):
@@ -64,14 +73,15 @@ def robust(z, q, v, kappa, p0=0.0, observed=None):
     return out
 
 
-def kalman_varying(z, q, variances, p0=0.0):
+def kalman_varying(z, q, variances, p0=0.0, observed=None):
     """A variance for each observation."""
     x, p, out = 0.0, p0, []
-    for value, v in zip(z, variances, strict=True):
+    for t, (value, v) in enumerate(zip(z, variances, strict=True)):
         p = p + q
-        gain = p / (p + v)
-        x += gain * (value - x)
-        p *= 1 - gain
+        if observed is None or observed[t]:
+            # P v / (P + v) and not (1 - K) P, which cancels where v is tiny.
+            x += p / (p + v) * (value - x)
+            p = p * v / (p + v)
         out.append(x)
     return out
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -20,7 +21,8 @@ class Denominators(NamedTuple):
 
     @classmethod
     def of(cls, mask: Tensor) -> "Denominators":
-        return cls(int(mask.any(-1).sum()), int(mask.sum()))
+        sequences, tokens = torch.stack([mask.any(-1).sum(), mask.sum()]).tolist()  # one wait for the device
+        return cls(sequences, tokens)
 
 
 class Aggregation(Protocol):

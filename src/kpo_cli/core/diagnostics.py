@@ -20,7 +20,8 @@ class Mean:
     @classmethod
     def of(cls, values: Tensor, mask: Tensor) -> "Mean":
         """Over the valid tokens; tensors (B, T)."""
-        return cls(float(values.detach()[mask].double().sum()), float(mask.sum()))
+        total = torch.where(mask, values.detach(), 0.0).sum(dtype=torch.float64)
+        return cls(*torch.stack([total, mask.sum().double()]).tolist())
 
     def __add__(self, other: "Mean") -> "Mean":
         return Mean(self.total + other.total, self.number + other.number)
@@ -46,24 +47,23 @@ class RatioSums:
 
     @classmethod
     def of(cls, z: Tensor, filtered: Tensor, active: Tensor, outside: Tensor, mask: Tensor) -> "RatioSums":
-        """All tensors (B, T); tokens outside `mask` are left out."""
-        z, filtered = z[mask].double(), filtered[mask].double()
+        """All tensors (B, T); tokens outside `mask` are left out. One wait for the device."""
+        z, filtered = torch.where(mask, z, 0.0).double(), torch.where(mask, filtered, 0.0).double()
+        tokens, excess = mask.sum().double(), torch.expm1(z)  # r - 1
         # z as used here is log(pi_theta / pi_old); k3 of KL(pi_old || pi_theta) is r - 1 - z, which expm1 keeps
         # exact below |z| = 1e-3, where float32 returns noise.
-        sums = torch.stack(
-            [
-                torch.ones_like(z).sum(),
-                z.sum(),
-                z.square().sum(),
-                (torch.expm1(z) - z).sum(),
-                z.exp().sum(),
-                (2 * z).exp().sum(),
-                filtered.square().sum(),
-                active[mask].double().sum(),
-                outside[mask].double().sum(),
-            ]
-        )
-        return cls(*sums.tolist())
+        sums = [
+            tokens,
+            z.sum(),
+            z.square().sum(),
+            (excess - z).sum(),
+            tokens + excess.sum(),
+            tokens + (excess * (2 + excess)).sum(),  # r^2 - 1
+            filtered.square().sum(),
+            (active & mask).sum().double(),
+            (outside & mask).sum().double(),
+        ]
+        return cls(*torch.stack(sums).tolist())
 
     def __add__(self, other: "RatioSums") -> "RatioSums":
         return RatioSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 
 from kpo_cli.core import noise
-from kpo_cli.core.checks import check_finite, check_same_shape
+from kpo_cli.core.checks import as_mask, check_same_shape, cleaned
 from kpo_cli.core.recursion import (
+    Rows,
     constant_gain_states,
     eta_of,
-    finished,
     kalman_gains,
     kalman_states,
-    prepared,
     states_of_gains,
 )
 from kpo_cli.core.robust import saturated_scan
@@ -68,9 +67,10 @@ class SequenceMean:
     straight_through: bool = False
 
     def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
+        mask = as_mask(mask)
         count = mask.sum(-1, keepdim=True).clamp(min=1)
-        mean = torch.where(mask, z, 0.0).sum(-1, keepdim=True) / count
-        return torch.where(mask, mean, 0.0)
+        mean = torch.where(mask, z, 0.0).sum(-1, keepdim=True, dtype=torch.float64) / count
+        return torch.where(mask, mean.to(torch.promote_types(z.dtype, torch.float32)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class PrefixSum:
     straight_through: ClassVar[bool] = True
 
     def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
-        values, mask, _ = prepared(z, mask)
-        return finished(values.cumsum(-1), mask, z.dtype)
+        rows = Rows.of(z, mask)
+        return rows.finished(rows.z.cumsum(-1))
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Ema:
             raise ValueError(f"filter.gain={self.gain} must be above 0 and at most 1")
 
     def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
-        values, mask, age = prepared(z, mask)
-        return finished(constant_gain_states(values, mask, age, self.gain), mask, z.dtype)
+        rows = Rows.of(z, mask)
+        return rows.filtered(lambda part: constant_gain_states(part, self.gain))
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class SteadyKalman:
         _check_noise(self.q, self.v, 0.0)
 
     def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
-        values, mask, age = prepared(z, mask)
+        rows = Rows.of(z, mask)
         gain = -math.expm1(-eta_of(self.q / self.v))
-        return finished(constant_gain_states(values, mask, age, gain), mask, z.dtype)
+        return rows.filtered(lambda part: constant_gain_states(part, gain))
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,10 @@ class HeteroKalman:
             raise ValueError(f"filter.miss_floor={self.miss_floor} must be above 0 and at most 1")
 
     def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
-        check_finite("old_log_probs", old_log_probs, mask)
-        miss = -torch.expm1(torch.where(mask, old_log_probs, 0.0).double())
-        variance = self.v * miss.clamp(min=self.miss_floor) ** self.gamma
+        mask = as_mask(mask)
+        check_same_shape(z=z, mask=mask, old_log_probs=old_log_probs)
+        miss = torch.expm1(cleaned(mask, old_log_probs=old_log_probs.detach())["old_log_probs"].double()).neg_()
+        variance = miss.clamp_(min=self.miss_floor).pow_(self.gamma).mul_(self.v)
         return kalman_filter_varying(z, mask, q=self.q, variance=variance, p0=self.p0)
 
 
@@ -202,6 +203,8 @@ class AdaptiveKalman(Kalman):
 
     def refit(self, sums: Tensor) -> tuple["AdaptiveKalman", str | None]:
         fit = noise.fit_drift(sums, self.floor)
+        if fit is None:
+            return self, None
         note = None
         if fit.on_floor:
             note = f"the adaptive filter sees no drift beyond noise; Q/V stays on its floor {self.floor:g}"
@@ -222,7 +225,10 @@ class AdaptiveHeteroKalman(HeteroKalman):
         return noise.miss_sums(z, old_log_probs, mask, self.miss_floor)
 
     def refit(self, sums: Tensor) -> tuple["AdaptiveHeteroKalman", str | None]:
-        v, gamma = noise.fit_miss(sums)
+        fit = noise.fit_miss(sums)
+        if fit is None:
+            return self, None
+        v, gamma = fit
         return replace(self, q=self.q / self.v * v, v=v, gamma=gamma), None
 
 
@@ -246,11 +252,11 @@ class RobustKalman:
             raise ValueError(f"filter.kappa={self.kappa} must be above 0")
 
     def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
-        values, mask, age = prepared(z, mask)
-        gains = kalman_gains(mask, age, self.q / self.v, self.p0 / self.v)
+        rows = Rows.of(z, mask)
+        gains = kalman_gains(rows, self.q / self.v, self.p0 / self.v)
         # P- + V = V / (1 - K), from K = P- / (P- + V).
         limit = self.kappa * torch.sqrt(self.v / (1 - gains))
-        return finished(saturated_scan(values, gains, limit), mask, z.dtype)
+        return rows.finished(saturated_scan(rows.z, gains, limit))
 
 
 FILTERS: dict[str, Callable[..., RatioFilter]] = {
@@ -272,25 +278,27 @@ def kalman_filter(z: Tensor, mask: Tensor, *, q: float, v: float, p0: float = 0.
 
     The filter of a row starts at its first valid token (padding on either side changes nothing). A gap inside a row
     (tool output, say) is time that passes unobserved: predict, no update. Values outside the mask may be anything,
-    NaN included. The result has z's dtype, or float32 if z is narrower.
+    NaN included. The result has z's dtype, or float32 if z is narrower, and no gradient (the filter runs on constants;
+    an objective adds the gradient of the log-probabilities back).
 
     Raises ValueError for wrong shapes, noise that is not positive, or a non-finite z on a valid token.
     """
     _check_noise(q, v, p0)
-    values, mask, age = prepared(z, mask)
-    return finished(kalman_states(values, mask, age, q / v, p0 / v), mask, z.dtype)
+    rows = Rows.of(z, mask)
+    return rows.filtered(lambda part: kalman_states(part, q / v, p0 / v))
 
 
 def kalman_filter_varying(z: Tensor, mask: Tensor, *, q: float, variance: Tensor, p0: float = 0.0) -> Tensor:
     """`kalman_filter` with an observation variance for each token, `variance` (B, T), positive where `mask` is true."""
-    values, mask, age = prepared(z, mask)
+    _check_noise(q, 1.0, p0)
+    rows = Rows.of(z, mask)
     check_same_shape(z=z, variance=variance)
-    check_finite("variance", variance, mask)
-    if bool((mask & (variance <= 0)).any()):
+    clean = cleaned(rows.mask, variance=variance)["variance"].double()
+    if bool((rows.mask & (clean <= 0)).any()):
         raise ValueError("variance must be above 0 on every valid token")
-    precision = torch.where(mask, 1 / torch.where(mask, variance, 1.0).double(), 0.0)
-    gains = riccati_gains(precision, (age > 0).double() * q, p0)
-    return finished(states_of_gains(values, gains), mask, z.dtype)
+    precision = torch.where(rows.mask, 1 / clean, 0.0)
+    gains = riccati_gains(precision, (rows.age > 0).double() * q, p0)
+    return rows.finished(states_of_gains(rows.z, gains))
 
 
 def _check_noise(q: float, v: float, p0: float) -> None:

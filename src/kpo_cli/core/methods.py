@@ -75,7 +75,7 @@ def load_objective(method: str, **overrides: Any) -> Objective:
     }
     extras = {name: overrides.pop(name) for name in OPTIONAL_PARTS if name in overrides}
     if "q" in _field_names(FILTERS[preset.filter]):
-        overrides = with_q(overrides, float(overrides.get("v", preset.filter_defaults["v"])))
+        overrides = with_q(overrides, float({"v": 1.0, **preset.filter_defaults, **overrides}["v"]))
     known = set().union(*(_field_names(make) for make, _ in stages.values()))
     for name in overrides:
         if name not in known:
@@ -157,5 +157,6 @@ def nearest(name: str, known: Mapping[str, Any] | set[str]) -> str:
 
 def _field_names(make: Any) -> dict[str, type]:
     """Parameters of a stage and their types."""
-    scalars: dict[Any, type] = {kind: kind for kind in (float, int, bool)}
+    # A module with `from __future__ import annotations` gives its types by name.
+    scalars: dict[Any, type] = {key: kind for kind in (float, int, bool) for key in (kind, kind.__name__)}
     return {f.name: scalars[f.type] for f in fields(make)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kpo_cli.core.recursion import kalman_gains, prepared, states_of_gains
+from kpo_cli.core.recursion import Rows, kalman_gains, kalman_states
 
 LOG_Q_GRID = tuple(-10 + 0.2 * i for i in range(61))
 """log10(Q/V) from 1e-10 to 1e2."""
@@ -36,25 +36,27 @@ def drift_sums(z: Tensor, mask: Tensor) -> Tensor:
     With innovations e_t and gains K_t of a trial q = Q/V and V profiled out, V(q) = sum e_t^2 (1 - K_t) / N and
     -2 log L(q) = N (ln 2 pi V(q) + 1) - sum ln(1 - K_t).
     """
-    values, mask, age = prepared(z, mask)
+    rows = Rows.of(z, mask)
     squares, logs = [], []
     for log_q in LOG_Q_GRID:
-        gain = kalman_gains(mask, age, 10.0**log_q, 0.0)
-        x = states_of_gains(values, gain)
-        # The innovation is z minus the estimate before it: x_t - x_{t-1} = K e, so e (1 - K) = z - x_t.
-        residual = torch.where(mask, values - x, 0.0)
+        gain = kalman_gains(rows, 10.0**log_q, 0.0)
+        # The innovation e is z minus the estimate before it: x_t - x_{t-1} = K e, so e (1 - K) = z - x_t.
+        residual = torch.where(rows.mask, rows.z - kalman_states(rows, 10.0**log_q, 0.0), 0.0)
         squares.append((residual.square() / (1 - gain)).sum())
         logs.append(torch.log1p(-gain).sum())
-    return torch.stack([mask.sum().double(), *squares, *logs]).cpu()
+    return torch.stack([rows.mask.sum().double(), *squares, *logs]).cpu()
 
 
-def fit_drift(sums: Tensor, floor: float = 1e-10) -> DriftFit:
-    """Q and V that maximise the likelihood of the data behind `sums`; Q/V is not taken below `floor`."""
+def fit_drift(sums: Tensor, floor: float = 1e-10) -> DriftFit | None:
+    """Q and V that maximise the likelihood of the data behind `sums`; Q/V is not taken below `floor`.
+
+    None where there is nothing to fit: no token, or log-ratios that are all 0.
+    """
     count, size = float(sums[0]), len(LOG_Q_GRID)
+    if not count or not float(sums[1]):
+        return None
     variance = (sums[1 : 1 + size] / count).tolist()
-    deviance = [
-        count * math.log(max(v, 1e-300)) - log for v, log in zip(variance, sums[1 + size :].tolist(), strict=True)
-    ]
+    deviance = [count * math.log(v) - log for v, log in zip(variance, sums[1 + size :].tolist(), strict=True)]
     allowed = [i for i in range(size) if LOG_Q_GRID[i] >= math.log10(floor) - 1e-9]
     best = min(allowed, key=deviance.__getitem__)
     if best in (allowed[0], size - 1):
@@ -80,14 +82,20 @@ def miss_sums(z: Tensor, old_log_probs: Tensor, mask: Tensor, miss_floor: float)
     return torch.stack([mask.sum().double(), log_miss.sum(), *grid]).cpu()
 
 
-def fit_miss(sums: Tensor) -> tuple[float, float]:
-    """(v, gamma) of V_t = v m_t^gamma that maximise the Gaussian likelihood of z_t ~ N(0, V_t)."""
+def fit_miss(sums: Tensor) -> tuple[float, float] | None:
+    """(v, gamma) of V_t = v m_t^gamma that maximise the Gaussian likelihood of z_t ~ N(0, V_t).
+
+    None where there is nothing to fit: no token, or log-ratios that are all 0.
+    """
     count, log_miss = float(sums[0]), float(sums[1])
-    variance = [max(float(s) / count, 1e-300) for s in sums[2:]]
-    deviance = [count * math.log(v) + gamma * log_miss for v, gamma in zip(variance, GAMMA_GRID, strict=True)]
+    if not count or not float(sums[2]):
+        return None
+    log_v = [math.log(float(s) / count) for s in sums[2:]]
+    deviance = [count * v + gamma * log_miss for v, gamma in zip(log_v, GAMMA_GRID, strict=True)]
     best = min(range(len(GAMMA_GRID)), key=deviance.__getitem__)
-    gamma = GAMMA_GRID[best]
-    if 0 < best < len(GAMMA_GRID) - 1:
-        left, middle, right = deviance[best - 1 : best + 2]
-        gamma += 0.1 * 0.5 * (left - right) / (left - 2 * middle + right)
-    return variance[best], gamma
+    if best in (0, len(GAMMA_GRID) - 1):
+        return math.exp(log_v[best]), GAMMA_GRID[best]
+    left, middle, right = deviance[best - 1 : best + 2]
+    shift = 0.5 * (left - right) / (left - 2 * middle + right)
+    neighbour = log_v[best + (1 if shift > 0 else -1)]
+    return math.exp(log_v[best] + abs(shift) * (neighbour - log_v[best])), GAMMA_GRID[best] + 0.1 * shift

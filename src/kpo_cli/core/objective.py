@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kpo_cli.core.aggregation import Aggregation, Denominators
-from kpo_cli.core.checks import as_mask, check_finite, check_same_shape
+from kpo_cli.core.checks import as_mask, check_same_shape, cleaned
 from kpo_cli.core.diagnostics import Mean, RatioSums
 from kpo_cli.core.filters import RatioFilter
 from kpo_cli.core.penalties import MismatchCorrection, ReferenceKL, mismatch_log_weight
@@ -84,16 +84,14 @@ class Objective:
         tensors = {"log_probs": log_probs, "old_log_probs": old_log_probs, "advantages": advantages}
         tensors |= self._optional(rollout_log_probs=rollout_log_probs, ref_log_probs=ref_log_probs, entropy=entropy)
         check_same_shape(**tensors, response_mask=mask)
-        for name, tensor in tensors.items():
-            check_finite(name, tensor, mask)
+        clean = cleaned(mask, **tensors)
         if denominators is None:
             denominators = Denominators.of(mask)
         if denominators.tokens < 1:
             raise ValueError("response_mask is empty: no valid token in the batch")
         with torch.autocast(log_probs.device.type, enabled=False):
             dtype = torch.promote_types(log_probs.dtype, torch.float32)
-            clean = {name: torch.where(mask, tensor.to(dtype), 0.0) for name, tensor in tensors.items()}
-            return self._loss(mask, denominators, **clean)
+            return self._loss(mask, denominators, **{name: tensor.to(dtype) for name, tensor in clean.items()})
 
     def _optional(self, **given: Tensor | None) -> dict[str, Tensor]:
         """The optional inputs that this objective needs; a ValueError names one that is missing."""

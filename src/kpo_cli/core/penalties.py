@@ -97,5 +97,5 @@ def mismatch_log_weight(old_log_probs: Tensor, rollout_log_probs: Tensor, mask: 
     difference = torch.where(mask, old_log_probs - rollout_log_probs, 0.0)
     if not sequence_level:
         return difference
-    mean = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(mask, mean, 0.0)
+    mean = difference.sum(-1, keepdim=True, dtype=torch.float64) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(mask, mean.to(difference.dtype), 0.0)

@@ -83,5 +83,6 @@ def _triton_kernel() -> Any | None:
 def launch_triton(kernel: Any, z: Tensor, gains: Tensor, limit: Tensor) -> Tensor:
     z, gains, limit = z.contiguous(), gains.contiguous(), limit.contiguous()
     out = torch.empty_like(z)
-    kernel[(z.shape[0],)](z, gains, limit, out, z.shape[1])
+    with torch.cuda.device(z.get_device()):  # Triton launches on the current device, which need not be z's
+        kernel[(z.shape[0],)](z, gains, limit, out, z.shape[1])
     return out

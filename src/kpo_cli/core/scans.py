@@ -11,6 +11,8 @@ from torch import Tensor
 
 CHUNK = 32
 """Tokens per block. 16 to 64 measure alike; 32 is the middle."""
+RESCALED_EVERY = 8
+"""Tokens between two rescalings in `riccati_gains`: terms grow by 1 + Q/V_t a token, so Q/V_t may be up to 1e37."""
 
 
 def exponential_scan(u: Tensor, log_decay: float) -> Tensor:
@@ -23,12 +25,13 @@ def exponential_scan(u: Tensor, log_decay: float) -> Tensor:
     blocks = -(-length // CHUNK)
     lag = torch.arange(CHUNK, dtype=u.dtype, device=u.device)
     toeplitz = torch.exp(log_decay * (lag[None, :] - lag[:, None]).clamp(min=0)).triu()  # [from, to]
-    padded = torch.nn.functional.pad(u, (0, blocks * CHUNK - length)).view(rows, blocks, CHUNK)
-    y = padded @ toeplitz
+    padded = torch.nn.functional.pad(u, (0, blocks * CHUNK - length)) if blocks * CHUNK > length else u
+    y = padded.reshape(rows * blocks, CHUNK) @ toeplitz
     if blocks > 1:
-        ends = exponential_scan(y[:, :, -1], log_decay * CHUNK)
-        y[:, 1:] += ends[:, :-1, None] * torch.exp(log_decay * (lag + 1))
-    return y.reshape(rows, blocks * CHUNK)[:, :length]
+        ends = exponential_scan(y[:, -1].reshape(rows, blocks), log_decay * CHUNK)
+        before = torch.nn.functional.pad(ends[:, :-1], (1, 0)).flatten()
+        y.addr_(before, torch.exp(log_decay * (lag + 1)))  # in place: memory traffic is what this function costs
+    return y.view(rows, blocks * CHUNK)[:, :length]
 
 
 def closed_form_terms(eta: float, p0: float, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -58,11 +61,15 @@ def riccati_gains(precision: Tensor, q: Tensor, p0: float) -> Tensor:
     """
     s, noise = _to_blocks(precision), _to_blocks(q)  # (C, B, blocks)
     n1, n2, d1, d2 = torch.ones_like(s[0]), torch.zeros_like(s[0]), torch.zeros_like(s[0]), torch.ones_like(s[0])
-    for c in range(CHUNK):
-        n1, n2 = n1 + noise[c] * d1, n2 + noise[c] * d2
-        d1, d2 = d1 + s[c] * n1, d2 + s[c] * n2
-        scale = d1 + d2
-        n1, n2, d1, d2 = n1 / scale, n2 / scale, d1 / scale, d2 / scale
+    for c in range(CHUNK):  # in place: memory traffic is what this function costs
+        n1.addcmul_(noise[c], d1)
+        n2.addcmul_(noise[c], d2)
+        d1.addcmul_(s[c], n1)
+        d2.addcmul_(s[c], n2)
+        if c % RESCALED_EVERY == RESCALED_EVERY - 1:
+            scale = d1 + d2
+            for term in (n1, n2, d1, d2):
+                term.div_(scale)
     starts = [torch.full_like(n1[:, 0], p0)]
     for k in range(n1.shape[1] - 1):
         starts.append((n1[:, k] * starts[-1] + n2[:, k]) / (d1[:, k] * starts[-1] + d2[:, k]))
@@ -78,17 +85,16 @@ def riccati_gains(precision: Tensor, q: Tensor, p0: float) -> Tensor:
 
 def affine_scan(a: Tensor, b: Tensor) -> Tensor:
     """x_t = a_t x_{t-1} + b_t along the last axis of `a` and `b` (B, T), x_0 = 0, for |a_t| <= 1."""
-    a_blocks, b_blocks = _to_blocks(a), _to_blocks(b)
-    # Every block from 0, and how much of its start each of its tokens still holds.
-    local, kept = torch.empty_like(b_blocks), torch.empty_like(a_blocks)
-    value, factor = torch.zeros_like(b_blocks[0]), torch.ones_like(a_blocks[0])
-    for c in range(CHUNK):
-        value, factor = a_blocks[c] * value + b_blocks[c], a_blocks[c] * factor
-        local[c], kept[c] = value, factor
+    # Every block from 0, and how much of its start each of its tokens still holds; both replace what came in.
+    kept, local = _to_blocks(a), _to_blocks(b)
+    for c in range(1, CHUNK):
+        local[c].addcmul_(kept[c], local[c - 1])
+        kept[c].mul_(kept[c - 1])
+    factor, value = kept[-1], local[-1]
     starts = [torch.zeros_like(value[:, 0])]
     for k in range(value.shape[1] - 1):
-        starts.append(factor[:, k] * starts[-1] + value[:, k])
-    return _from_blocks(local + kept * torch.stack(starts, -1), a.shape[1])
+        starts.append(torch.addcmul(value[:, k], factor[:, k], starts[-1]))
+    return _from_blocks(local.addcmul_(kept, torch.stack(starts, -1)), a.shape[1])
 
 
 def _to_blocks(x: Tensor) -> Tensor:
@@ -96,7 +102,7 @@ def _to_blocks(x: Tensor) -> Tensor:
     rows, length = x.shape
     blocks = -(-length // CHUNK)
     padded = torch.nn.functional.pad(x, (0, blocks * CHUNK - length))
-    return padded.view(rows, blocks, CHUNK).permute(2, 0, 1).contiguous()
+    return padded.reshape(rows, blocks, CHUNK).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _from_blocks(x: Tensor, length: int) -> Tensor:

@@ -46,7 +46,16 @@ def _check_positive(name: str, value: float) -> None:
 
 def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     """Numbers by condition, in the dtype of `like`: `where` of two plain numbers would round them to float32."""
-    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
+    return torch.where(condition, like.new_full((), yes), like.new_full((), no))
+
+
+def _ratio(log_ratio: Tensor, unused: Tensor) -> Tensor:
+    """exp(log_ratio); 1 without a gradient where `unused`.
+
+    What the loss does not use must not be computed: where exp overflows, 0 * inf makes NaN of a loss of 0 or, on the
+    way back, of a gradient of 0.
+    """
+    return torch.where(unused, 0.0, log_ratio).exp()
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,14 @@ class Clip:
         _check_widths(self.eps_low, self.eps_high)
 
     def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
-        ratio = log_ratio.exp()
-        above, below = ratio > 1 + self.eps_high, ratio < 1 - self.eps_low
-        active = mask & ((above & (advantages > 0)) | (below & (advantages < 0)))
+        # In log space, where a float32 near 0 keeps all its digits; 1 + 3e-4 has lost four of them.
+        low = math.log1p(-self.eps_low) if self.eps_low < 1 else -math.inf
+        above, below = log_ratio > math.log1p(self.eps_high), log_ratio < low
+        positive = advantages > 0
+        active = mask & ((above & positive) | (below & (advantages < 0)))
         # A choice instead of a minimum: a cut token's gradient is exactly zero, a kept one's is whole.
-        limited = torch.where(active, ratio.detach().clamp(1 - self.eps_low, 1 + self.eps_high), ratio)
+        bound = _choose(positive, 1 + self.eps_high, 1 - self.eps_low, log_ratio)
+        limited = torch.where(active, bound, _ratio(log_ratio, active | (advantages == 0)))
         return TokenLoss(torch.where(mask, -advantages * limited, 0.0), active, mask & (above | below))
 
 
@@ -77,7 +89,7 @@ class Unclipped:
 
     def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
         none = torch.zeros_like(mask)
-        return TokenLoss(torch.where(mask, -advantages * log_ratio.exp(), 0.0), none, none)
+        return TokenLoss(torch.where(mask, -advantages * _ratio(log_ratio, advantages == 0), 0.0), none, none)
 
 
 @dataclass(frozen=True)
@@ -136,8 +148,9 @@ class GeometricMean:
         active = mask & ((above & (advantages > 0)) | (below & (advantages < 0)))
         limited = torch.where(active, log_ratio.detach().clamp(-self.eps_low, self.eps_high), log_ratio)
         count = mask.sum(-1, keepdim=True).clamp(min=1)
-        mean = torch.where(mask, limited, 0.0).sum(-1, keepdim=True) / count
-        return TokenLoss(torch.where(mask, -advantages * mean.exp(), 0.0), active, mask & (above | below))
+        mean = (torch.where(mask, limited, 0.0).sum(-1, keepdim=True, dtype=torch.float64) / count).to(log_ratio.dtype)
+        loss = -advantages * _ratio(mean, advantages == 0)
+        return TokenLoss(torch.where(mask, loss, 0.0), active, mask & (above | below))
 
 
 @dataclass(frozen=True)
@@ -154,7 +167,8 @@ class SoftGate:
 
     def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
         tau = _choose(advantages > 0, self.tau_positive, self.tau_negative, log_ratio)
-        gate = 4 / tau * torch.sigmoid(tau * (log_ratio.exp() - 1))
+        # The gate is flat long before exp overflows, at 88 in float32.
+        gate = 4 / tau * torch.sigmoid(tau * (log_ratio.clamp(max=80).exp() - 1))
         none = torch.zeros_like(mask)
         return TokenLoss(torch.where(mask, -gate * advantages, 0.0), none, none)
 
@@ -181,7 +195,8 @@ class GrowingBand:
         above, below = log_ratio > high, log_ratio < low
         active = mask & ((above & (advantages != 0)) | (below & (advantages < 0)))
         limited = torch.where(active, torch.clamp(log_ratio.detach(), low, high), log_ratio)
-        return TokenLoss(torch.where(mask, -advantages * limited.exp(), 0.0), active, mask & (above | below))
+        loss = -advantages * _ratio(limited, advantages == 0)
+        return TokenLoss(torch.where(mask, loss, 0.0), active, mask & (above | below))
 
 
 @dataclass(frozen=True)
@@ -203,8 +218,8 @@ class SequenceKernel:
             _check_positive(name, getattr(self, name))
 
     def __call__(self, log_ratio: Tensor, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
-        total = torch.where(mask, log_ratio.detach(), 0.0).sum(-1, keepdim=True)
-        log_weight = total.clamp(math.log(1e-8), 20.0)
+        total = torch.where(mask, log_ratio.detach(), 0.0).sum(-1, keepdim=True, dtype=torch.float64)
+        log_weight = total.clamp(math.log(1e-8), 20.0).to(log_ratio.dtype)
         positive = advantages >= 0
         k = _choose(positive, self.k_positive, self.k_negative, log_weight)
         rate = _choose(positive, self.lambda_positive, self.lambda_negative, log_weight)
@@ -235,8 +250,8 @@ class ProbabilityMask:
         moved = -p * torch.expm1(-z)
         far = mask & (moved.abs() > self.delta)
         active = far & torch.where(advantages > 0, moved > 0, moved < 0)
-        loss = -z.exp() * advantages * log_probs
-        return TokenLoss(torch.where(mask & ~active, loss, 0.0), active, far)
+        weight = torch.where(active, 0.0, _ratio(z, active | (advantages == 0)))
+        return TokenLoss(torch.where(mask, -weight * advantages * log_probs, 0.0), active, far)
 
 
 SURROGATES: dict[str, Callable[..., Surrogate]] = {
