@@ -165,7 +165,7 @@ def path_of(key: str, value: Any) -> Path | None:
     """The path given as `key`, ~ expanded; None for null. Raises UserError for anything but a text."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{key}={value} must be a path")
     return Path(os.path.expanduser(str(value)))
 
