@@ -23,9 +23,6 @@ class Estimate:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
-
 
 def avg_at_k(correct: Array, seed: int) -> Estimate:
     """Mean accuracy over all samples, with a 95% interval over problems."""
