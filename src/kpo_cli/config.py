@@ -288,7 +288,9 @@ def convert(kind: Any, value: Any, key: str = "") -> Any:
         return _convert_dataclass(kind, value, key)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return None if value is None else convert(arguments[0], value, key)
+        if value is None and type(None) in arguments:
+            return None
+        return value if isinstance(value, str) and str in arguments else convert(arguments[0], value, key)
     if value == "???":
         raise UserError(f"{key} is required: give {key}=...")
     if origin is tuple:

@@ -73,7 +73,7 @@ def load_policy(config: ModelConfig, weights: Path | None = None) -> Policy:
     _prepare(model, tokenizer, stop_ids, config, device, half)
     parameters = sum(p.numel() for p in model.parameters())
     dtype = "bfloat16" if half else "float32"
-    return Policy(model, tokenizer, stop_ids, parameters, dtype, _identity(path, model))
+    return Policy(model, tokenizer, stop_ids, parameters, dtype, model_identity(config, model))
 
 
 def _prepare(
@@ -169,9 +169,11 @@ def _stop_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _identity(path: str, model: Any) -> dict[str, Any]:
+def model_identity(config: ModelConfig, model: Any = None) -> dict[str, Any]:
+    """Where the weights come from, and their hash or (for the hub, once loaded as `model`) their commit."""
+    path = model_source(config)
     if not Path(path).is_dir():
-        return {"hub": path, "commit": getattr(model.config, "_commit_hash", None)}
-    files = sorted(Path(path).glob("*.safetensors"))
+        return {"hub": path} | ({} if model is None else {"commit": getattr(model.config, "_commit_hash", None)})
+    files = sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")])
     source = "built in" if Path(path) == POLICY_DIR else str(Path(path).resolve())
     return {"path": source, "sha256": {file.name: sha256_of(file) for file in files}}

@@ -79,6 +79,11 @@ def test_a_run_is_its_newest_checkpoint_and_is_compared_with_another(trained, tm
     assert "paired by problem" in capsys.readouterr().out
     # The prompt is the one that the run was trained with: no request for a box.
     assert results["settings"]["checkpoint"]["instruction"] is None
+    # And the other policy is asked in the same way, or the difference would be one of prompts.
+    assert results["settings"]["vs"]["instruction"] is None
+    given = evaluate(tmp_path / "f", f"checkpoint='{trained}'", "chat_template=none", "system_prompt=hello")
+    assert given["settings"]["checkpoint"]["system_prompt"] == "hello"
+    assert given["settings"]["checkpoint"]["chat_template"] == "none"
 
 
 def test_a_checkpoint_directory_and_its_run_are_the_same(trained, tmp_path):
@@ -174,12 +179,21 @@ def bad_benchmark(tmp_path, name, lines):
     return [f"benchmarks=[{name}]", f"data_dir='{tmp_path}/d'"]
 
 
+def two_of_one_name(tmp_path):
+    paths = [tmp_path / folder / "same.jsonl" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps({"problem": f"{path.parent.name}?", "answer": "1"}))
+    return [f"benchmarks=['{paths[0]}','{paths[1]}']"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (lambda t: ["benchmarks=[aime42]"], "aime42 does not exist; there are arithmetic, aime24"),
         (lambda t: ["benchmarks=[]"], "names nothing to evaluate on"),
         (lambda t: ["benchmarks=[arithmetic,arithmetic]"], "names one of them twice"),
+        (lambda t: two_of_one_name(t), "two benchmarks are called same"),
         (lambda t: ["checkpoint=null"], "give checkpoint=RUN"),
         (lambda t: ["checkpoint=./nowhere"], "no such model directory"),
         (lambda t: ["eval.temperature=0"], "set eval.n=1"),

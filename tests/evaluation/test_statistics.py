@@ -62,6 +62,28 @@ def test_an_interval_where_all_agree_is_wilsons():
     assert estimate.low == pytest.approx(stats.binomtest(30, 30).proportion_ci(method="wilson").low, abs=1e-4)
 
 
+@pytest.mark.parametrize(("share", "level"), [(0.03, 0.9), (0.05, 0.5), (0.1, 0.9)])
+def test_the_interval_holds_on_a_benchmark_that_is_all_but_unsolved(share, level, monkeypatch):
+    """A few of 30 problems are solved now and then: the plain bootstrap covers the truth 63% to 80% of the time."""
+    monkeypatch.setattr(s, "DRAWS", 1000)
+    rng = np.random.default_rng(6)
+    covered, trials, truth = 0, 200, share * level + (1 - share) * 0.005
+    for trial in range(trials):
+        difficulty = np.where(rng.random(30) < share, level, 0.005)
+        interval = s.avg_at_k(rng.random((30, 16)) < difficulty[:, None], trial)
+        covered += interval.low <= truth <= interval.high
+    assert covered / trials > 0.9
+
+
+def test_nothing_differs_is_not_certainty():
+    none = s.paired(np.zeros(30), np.zeros(30), 0)
+    assert (none.difference.value, none.p_value) == (0, 1)
+    assert none.difference.low < -0.05
+    assert none.difference.high > 0.05
+    assert math.isnan(none.detectable)
+    assert s.mean_over_problems(np.full(30, 0.5), 0).low < 0.4
+
+
 def test_student_quantiles():
     for freedom in (1, 2, 5, 29, 499):
         assert s._student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-4)

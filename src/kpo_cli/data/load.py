@@ -82,12 +82,14 @@ def _distinct(rows: Iterator[Row], config: DataConfig) -> tuple[list[Problem], i
     for where, row in rows:
         count += 1
         problem = _problem(where, row, config, made_up_id=f"{stem}-{count - 1}")
-        if problem.problem in problems:
+        # Spacing and case do not make another problem: it could stand in training and in the held-out part.
+        key = " ".join(problem.problem.split()).casefold()
+        if key in problems:
             continue
         if problem.id in ids:
             raise UserError(f"{where}: the id {problem.id!r} is used twice; make ids unique or leave the field out")
         ids.add(problem.id)
-        problems[problem.problem] = problem
+        problems[key] = problem
     if not problems:
         raise UserError(f"data.path={config.path} holds no problems; give a file with at least 5")
     return list(problems.values()), count - len(problems)

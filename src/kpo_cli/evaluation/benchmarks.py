@@ -60,6 +60,18 @@ def load_benchmark(name: str, known: dict[str, Any], data_dir: str | None, limit
     return Benchmark(Path(name).stem, problems[:limit], len(problems), has_instruction=True)
 
 
+def load_benchmarks(
+    names: list[str], known: dict[str, Any], data_dir: str | None, limit: int | None = None
+) -> list[Benchmark]:
+    """Several benchmarks; two files of one name would be counted as one, so they are refused."""
+    loaded = [load_benchmark(name, known, data_dir, limit) for name in names]
+    labels = [benchmark.name for benchmark in loaded]
+    for name in labels:
+        if labels.count(name) > 1:
+            raise UserError(f"two benchmarks are called {name}; rename one of the files")
+    return loaded
+
+
 def _known(name: str, known: dict[str, Any], data_dir: str | None) -> list[Problem]:
     source = convert(BenchmarkSource, known[name], f"known.{name}")
     if data_dir is None:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from kpo_cli.config import ModelConfig, convert
 from kpo_cli.errors import UserError
 
 
@@ -39,13 +38,16 @@ class EvalConfig:
     benchmarks: list[str]
     data_dir: str | None
     regrade: str | None
+    chat_template: str
+    chat_template_kwargs: dict[str, Any] | str
     system_prompt: str | None
     instruction: str | None
+    dtype: str
+    device: str
     published: bool
     seed: int
     eval: SamplingConfig
     known: dict[str, Any]
-    model: dict[str, Any]
 
     def __post_init__(self) -> None:
         if not self.benchmarks:
@@ -56,8 +58,3 @@ class EvalConfig:
             raise UserError(f"seed={self.seed} must be at least 0")
         if self.checkpoint is None and self.regrade is None:
             raise UserError("give checkpoint=RUN, a checkpoint, a model directory, a hub name, or builtin")
-
-    def model_config(self, path: str | None) -> ModelConfig:
-        """The model settings for some weights; None is the built-in policy."""
-        name = "tiny" if path is None else self.model.get("name")
-        return convert(ModelConfig, {**self.model, "name": name, "path": path}, "model")

@@ -15,6 +15,8 @@ class HeldoutResult:
     accuracy_sampled: float
     response_length_greedy: float
     """Mean tokens of the greedy responses."""
+    grader_failures: int
+    """Responses that the grader failed on; they count as wrong."""
     samples: list[dict[str, Any]]
     """One row a problem: both responses, what was extracted, and the verdicts."""
 
@@ -23,6 +25,7 @@ class HeldoutResult:
             "accuracy_greedy": self.accuracy_greedy,
             "accuracy_sampled": self.accuracy_sampled,
             "response_length_greedy": self.response_length_greedy,
+            "eval_grader_failures": self.grader_failures,
         }
 
 
@@ -43,7 +46,8 @@ def evaluate_heldout(
         for row, item in zip(rows, graded, strict=True):
             row[kind] = item
     length = sum(len(response.token_ids) for response in greedy) / len(greedy)
-    return HeldoutResult(accuracy["greedy"], accuracy["sampled"], length, rows)
+    failures = sum(row[kind]["grader_failed"] for row in rows for kind in ("greedy", "sampled"))
+    return HeldoutResult(accuracy["greedy"], accuracy["sampled"], length, failures, rows)
 
 
 def _graded(
@@ -57,6 +61,7 @@ def _graded(
             "correct": verdict.correct,
             "extracted": verdict.extracted,
             "reason": verdict.reason,
+            "grader_failed": verdict.failed,
             "tokens": len(response.token_ids),
             "finished": response.finished,
         }

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -13,13 +14,13 @@ from kpo_cli.config import convert
 from kpo_cli.data.prompts import Prompt
 from kpo_cli.errors import RunInterrupted, UserError
 from kpo_cli.evaluation import results as report
-from kpo_cli.evaluation.benchmarks import Benchmark, load_benchmark
+from kpo_cli.evaluation.benchmarks import Benchmark, load_benchmarks
 from kpo_cli.evaluation.config import EvalConfig
 from kpo_cli.evaluation.samples import Key, Row, SampleFile, make_rows, read_rows, regraded
-from kpo_cli.evaluation.subject import Subject, find_subject
-from kpo_cli.policy import Policy
+from kpo_cli.evaluation.subject import Subject, find_subjects
+from kpo_cli.policy import Policy, choose_threads
 from kpo_cli.rollout import HFSampler
-from kpo_cli.runs import RunDir, check_new, make_manifest, path_of, write_text
+from kpo_cli.runs import RunDir, check_new, finite, make_manifest, path_of, write_text
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,9 @@ def run(raw: dict[str, Any]) -> None:
 
 
 def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> None:
-    roles = {"checkpoint": config.checkpoint, "vs": config.vs}
-    subjects = {role: find_subject(name, config) for role, name in roles.items() if name is not None}
-    limit = config.eval.limit
-    benchmarks = {name: load_benchmark(name, config.known, config.data_dir, limit) for name in config.benchmarks}
-    asked = [_ask(role, subject, list(benchmarks.values()), config) for role, subject in subjects.items()]
+    subjects = find_subjects(config)
+    benchmarks = load_benchmarks(config.benchmarks, config.known, config.data_dir, config.eval.limit)
+    asked = [_ask(role, subject, benchmarks, config) for role, subject in subjects.items()]
     settings = _settings(config, asked, benchmarks)
     if run_dir is None:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
@@ -66,11 +65,11 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
             console.print(f"first prompt of {item.subject.label}: {first.text!r}", markup=False)
         try:
             for item in asked:
-                for benchmark in benchmarks.values():
+                for benchmark in benchmarks:
                     _sample(item, benchmark, config, samples, console)
         except KeyboardInterrupt:
             raise RunInterrupted(f"interrupted; the samples made are in {out.path}, the same command goes on") from None
-        keys = {(item.role, b.name): b.problems for item in asked for b in benchmarks.values()}
+        keys = {(item.role, b.name): b.problems for item in asked for b in benchmarks}
         tables = {key: samples.table(key, problems) for key, problems in keys.items()}
         labels = {item.role: item.subject.label for item in asked}
         _report(out.path, tables, labels, settings, config, console)
@@ -78,6 +77,7 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
 
 def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalConfig) -> Asked:
     policy = subject.load()
+    torch.set_num_threads(choose_threads(None, policy.parameters))
     prompts = {}
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     for benchmark in benchmarks:
@@ -99,12 +99,13 @@ def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalC
     return Asked(role, subject, policy, prompts)
 
 
-def _settings(config: EvalConfig, asked: list[Asked], benchmarks: dict[str, Benchmark]) -> dict[str, Any]:
+def _settings(config: EvalConfig, asked: list[Asked], benchmarks: list[Benchmark]) -> dict[str, Any]:
     """Everything that the results depend on: equal settings continue or repeat one evaluation."""
     return {
-        "sampling": asdict(config.eval),
+        # The batch size changes no sample; an evaluation that ran out of memory goes on with a smaller one.
+        "sampling": {key: value for key, value in asdict(config.eval).items() if key != "batch_size"},
         "seed": config.seed,
-        "grader": make_manifest()["versions"]["math-verify"],
+        "grader": _grader(),
         **{
             item.role: {
                 "label": item.subject.label,
@@ -118,10 +119,13 @@ def _settings(config: EvalConfig, asked: list[Asked], benchmarks: dict[str, Benc
             }
             for item in asked
         },
-        "benchmarks": {
-            b.name: {"problems": len(b.problems), "of": b.total, "sha256": _hash(b)} for b in benchmarks.values()
-        },
+        "benchmarks": {b.name: {"problems": len(b.problems), "of": b.total, "sha256": _hash(b)} for b in benchmarks},
     }
+
+
+def _grader() -> dict[str, Any]:
+    versions = make_manifest()["versions"]
+    return {package: versions[package] for package in ("kpo-cli", "math-verify")}
 
 
 def _hash(benchmark: Benchmark) -> str:
@@ -191,7 +195,7 @@ def _report(
             first, second = tables["checkpoint", name], tables["vs", name]
             results["comparison"] = report.compare(first, second, config.seed)
     results = {"subjects": labels, "settings": settings, "benchmarks": benchmarks}
-    write_text(path / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(path / "results.json", json.dumps(finite(results), indent=2) + "\n")
     write_text(path / "results.md", report.markdown(results, config.published))
     report.pass_at_k_figure(results, path / "pass_at_k.png")
     for title, head, rows in report.tables(results, config.published):
@@ -207,9 +211,16 @@ def _regrade(config: EvalConfig, source: Path, run_dir: Path | None, console: Co
     if not (source / "samples.jsonl").is_file() or not (source / "results.json").is_file():
         raise UserError(f"regrade={source} is not a finished evaluation (it needs samples.jsonl and results.json)")
     target = run_dir or source / "regraded"
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another run_dir= for what is graded now")
     check_new(target)
-    stored = json.loads((source / "results.json").read_text())
-    settings = {**stored["settings"], "grader": make_manifest()["versions"]["math-verify"], "regraded": str(source)}
+    try:
+        stored = json.loads((source / "results.json").read_text())
+    except ValueError:
+        raise UserError(
+            f"{source}/results.json is damaged; run the evaluation's own command again to write it"
+        ) from None
+    settings = {**stored["settings"], "grader": _grader(), "regraded": str(source)}
     old = read_rows(source / "samples.jsonl")
     new = regraded(old)
     changed = sum(a["correct"] != b["correct"] for a, b in zip(old, new, strict=True))

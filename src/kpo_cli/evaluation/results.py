@@ -1,6 +1,7 @@
 """From samples to results: numbers, tables, a figure."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,12 @@ def tables(results: dict[str, Any], published: bool) -> list[tuple[str, list[str
     ]
     made.append((f"how the {n} samples of each problem ended", head, _ending_rows(results)))
     comparison = [
-        [name, _percent(c["difference"], "+"), f"{c['p_value']:.4f}", f"{100 * c['detectable']:.2f}"]
+        [
+            name,
+            _percent(c["difference"], "+"),
+            f"{c['p_value']:.4f}",
+            "too few differ" if math.isnan(c["detectable"]) else f"{100 * c['detectable']:.2f}",
+        ]
         for name, by_role in results["benchmarks"].items()
         if (c := by_role.get("comparison"))
     ]

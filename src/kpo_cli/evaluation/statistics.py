@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 DRAWS = 10_000
+FEW = 5
+"""Fewer problems than this beside the most common value are too few to bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ def mean_over_problems(values: Array, seed: int) -> Estimate:
     """Mean of one number a problem (Q,) in [0, 1], with a 95% bootstrap interval over problems.
 
     The percentiles are widened for few problems (Hesterberg 2015, section 5.3.3): the plain bootstrap forgets the
-    factor sqrt(Q / (Q - 1)) and Student's t. Where all problems agree on 0 or 1 there is nothing to resample; the
-    interval is then Wilson's for Q trials.
+    factor sqrt(Q / (Q - 1)) and Student's t. Where all but a few problems have the same value, as on a benchmark that
+    is all but unsolved, there is too little to resample and the interval is Wilson's for Q trials: no numbers in
+    [0, 1] with this mean spread more than Q zeros and ones.
     """
     count, value = len(values), float(values.mean())
-    if count < 2 or bool((values == values[0]).all()):
-        low, high = wilson(value, count) if value in (0.0, 1.0) else (0.0, 1.0) if count < 2 else (value, value)
-        return Estimate(value, low, high)
+    if _deviating(values) < FEW:
+        return Estimate(value, *wilson(value, count))
     means = bootstrap(values, np.mean, seed)
     tail = 100 * _normal_cdf(-math.sqrt(count / (count - 1)) * _student_quantile(count - 1))
     low, high = np.percentile(means, [tail, 100 - tail])
@@ -73,7 +75,8 @@ class Paired:
     p_value: float
     """Of the exchange of the two within each problem: the chance of a difference this large if nothing differs."""
     detectable: float
-    """The smallest true difference that this comparison would find (two-sided 5%) four times out of five."""
+    """The smallest true difference that this comparison would find (two-sided 5%) four times out of five; NaN where
+    too few problems differ to know a spread."""
 
 
 def paired(first: Array, second: Array, seed: int) -> Paired:
@@ -81,13 +84,20 @@ def paired(first: Array, second: Array, seed: int) -> Paired:
     d = first - second
     count = len(d)
     value = float(d.mean())
-    if bool((d == d[0]).all()):
-        return Paired(Estimate(value, value, value), 1.0 if value == 0 else 2.0**-count * 2, 0.0)
+    if _deviating(d) < FEW:
+        margin = wilson(0.0, count)[1]  # so large a share of problems may behave otherwise, unseen
+        low, high = max(-1.0, value - margin), min(1.0, value + margin)
+        return Paired(Estimate(value, low, high), _sign_flip_p(d, seed), math.nan)
     means = bootstrap(d, np.mean, seed)
     tail = 100 * _normal_cdf(-math.sqrt(count / (count - 1)) * _student_quantile(count - 1))
     low, high = np.percentile(means, [tail, 100 - tail])
     detectable = (1.959964 + 0.841621) * float(d.std(ddof=1)) / math.sqrt(count)
     return Paired(Estimate(value, float(low), float(high)), _sign_flip_p(d, seed), detectable)
+
+
+def _deviating(values: Array) -> int:
+    """How many problems do not have the most common value."""
+    return len(values) - int(np.unique(values, return_counts=True)[1].max())
 
 
 def _sign_flip_p(d: Array, seed: int) -> float:

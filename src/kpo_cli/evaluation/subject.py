@@ -1,13 +1,14 @@
 """What is evaluated: a run, a checkpoint, a model directory, a hub name, or the built-in policy."""
 
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from kpo_cli.checkpoints import newest_checkpoint
-from kpo_cli.config import DataConfig, ModelConfig
+from kpo_cli.config import DataConfig, ModelConfig, convert
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import data_config
@@ -37,35 +38,68 @@ class Subject:
         return PromptBuilder(policy.tokenizer, self.model, data)
 
 
-def find_subject(name: str, config: EvalConfig) -> Subject:
-    """Resolve `checkpoint=` or `vs=`. Raises UserError if there is no such thing."""
+@dataclass(frozen=True)
+class Prompting:
+    """How problems are put to a policy."""
+
+    chat_template: str = "auto"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    system_prompt: str | None = None
+    instruction: str | None = BOXED
+
+
+def find_subjects(config: EvalConfig) -> dict[str, Subject]:
+    """Resolve `checkpoint=` and `vs=`, asked in the same way. Raises UserError if there is no such thing."""
+    assert config.checkpoint is not None
+    label, path, run = _locate(config.checkpoint)
+    prompting = _prompting(run, config)
+    subjects = {"checkpoint": _subject(label, path, prompting, config)}
+    if config.vs is not None:
+        label, path, _ = _locate(config.vs)
+        subjects["vs"] = _subject(label, path, prompting, config)
+    return subjects
+
+
+def _locate(name: str) -> tuple[str, str | None, Path | None]:
+    """Label, path of the weights (None: the built-in policy), and the run that they belong to, if any."""
     if name == "builtin":
-        return _subject("builtin", None, None, config)
-    path = Path(name).expanduser()
+        return "builtin", None, None
+    path = Path(os.path.expanduser(name))
     if (path / "config.yaml").is_file():  # a run
         checkpoint, _ = newest_checkpoint(path)
         if checkpoint is None:
             raise UserError(f"{name} is a run without a checkpoint; let it train, or evaluate checkpoint=builtin")
-        return _subject(_label(path) + f"-{checkpoint.name}", str(checkpoint), path, config)
+        return f"{_label(path)}-{checkpoint.name}", str(checkpoint), path
     run = path.parent.parent
-    in_run = path.parent.name == "checkpoints" and (run / "config.yaml").is_file()
-    label = _label(run) + f"-{path.name}" if in_run else path.name
-    return _subject(label, name, run if in_run else None, config)
+    if path.parent.name == "checkpoints" and (run / "config.yaml").is_file():
+        return f"{_label(run)}-{path.name}", str(path), run
+    return path.name, name, None
 
 
-def _subject(label: str, path: str | None, run: Path | None, config: EvalConfig) -> Subject:
-    """Template, system prompt and instruction are those that the run was trained with, unless given."""
-    model = config.model_config(path)
-    system_prompt, instruction = config.system_prompt, config.instruction
+def _prompting(run: Path | None, config: EvalConfig) -> Prompting:
+    """What the configuration says; what it inherits comes from the run, or from `Prompting` where there is none."""
+    inherited = Prompting()
     if run is not None:
         stored: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-        template = stored["model"]
-        model = replace(
-            model, chat_template=template["chat_template"], chat_template_kwargs=template["chat_template_kwargs"]
+        model, data = stored["model"], stored["data"]
+        inherited = Prompting(
+            model["chat_template"], model["chat_template_kwargs"], data["system_prompt"], data["instruction"]
         )
-        system_prompt = stored["data"]["system_prompt"] if system_prompt is None else system_prompt
-        instruction = stored["data"]["instruction"] if instruction == "auto" else instruction
-    return Subject(label, path, model, system_prompt, BOXED if instruction == "auto" else instruction)
+    given = {f.name: getattr(config, f.name) for f in fields(Prompting)}
+    return replace(inherited, **{name: value for name, value in given.items() if value != "inherit"})
+
+
+def _subject(label: str, path: str | None, prompting: Prompting, config: EvalConfig) -> Subject:
+    raw = {
+        "name": "tiny" if path is None else "hub",
+        "path": path,
+        "chat_template": prompting.chat_template,
+        "chat_template_kwargs": prompting.chat_template_kwargs,
+        "dtype": config.dtype,
+        "device": config.device,
+        "gradient_checkpointing": False,
+    }
+    return Subject(label, path, convert(ModelConfig, raw), prompting.system_prompt, prompting.instruction)
 
 
 def _label(run: Path) -> str:

@@ -24,12 +24,13 @@ from kpo_cli.core.filters import AdaptiveFilter
 from kpo_cli.data.prompts import Prompt
 from kpo_cli.errors import RunInterrupted, RunStopped
 from kpo_cli.evaluation import evaluate_heldout
-from kpo_cli.policy import Policy
+from kpo_cli.policy import Policy, model_source
 from kpo_cli.rewards import Verdict, grade_batch
 from kpo_cli.rollout import Response, Sampler
 from kpo_cli.runs import RunDir
 from kpo_cli.training.batch import Batch, make_batch
 from kpo_cli.training.display import Display
+from kpo_cli.training.memory import LESS_MEMORY
 from kpo_cli.training.records import write_ratios
 from kpo_cli.training.state import Progress, save_checkpoint
 from kpo_cli.training.step import Updater, UpdateRecord
@@ -73,7 +74,7 @@ def train(job: Training, run: RunDir, progress: Progress, display: Display) -> N
             run.append_metrics(metrics)
             display.stepped(metrics)
             if _due(step, config.ratios_every):
-                write_ratios(run.path, step, batch, record, job.config, job.policy.tokenizer.name_or_path)
+                write_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
             if last or stop or _due(step, config.checkpoint_every):
                 schedule = {"lr": config.lr, "warmup_steps": config.warmup_steps}
                 optimizer = job.updater.optimizer
@@ -101,6 +102,8 @@ def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str
             record = job.updater.update(batch)
         except RunStopped as error:
             raise RunStopped(f"step {step}: {error}") from None
+        except torch.OutOfMemoryError:
+            raise RunStopped(f"step {step}: out of memory; {LESS_MEMORY}") from None
         filter_metrics = _refit(job, progress, batch, record, display)
     progress.step = step
     metrics = {"step": step, "epoch": progress.data_cursor / len(job.train), "lr": lr}
@@ -138,7 +141,11 @@ def _sample(job: Training, progress: Progress, clock: "Clock", display: Display)
         display.phase("sampling")
         with clock("rollout"):
             ids = [prompt.token_ids for prompt in prompts]
-            responses = job.sampler.sample(ids, config.group_size, (job.config.seed, ROLLOUT, step, rollouts))
+            seed = (job.config.seed, ROLLOUT, step, rollouts)
+            try:
+                responses = job.sampler.sample(ids, config.group_size, seed)
+            except torch.OutOfMemoryError:
+                raise RunStopped(f"step {step}: out of memory while sampling; {LESS_MEMORY}") from None
         display.phase("grading")
         with clock("reward"):
             verdicts = _grade(job, prompts, responses)
@@ -148,10 +155,26 @@ def _sample(job: Training, progress: Progress, clock: "Clock", display: Display)
         rollouts += 1
         if sum(not group.flat for group in pool) >= config.prompts_per_step:
             break
-    flat = sum(group.flat for group in pool) / len(pool)
+    metrics = _sampling_metrics(pool) | {"grader_failures": failures, "rollouts": rollouts}
     if rollouts > 1:  # the sort is stable: within each kind the order of sampling stays
         pool = sorted(pool, key=lambda group: group.flat)[: config.prompts_per_step]
-    return pool, {"zero_variance_fraction": flat, "grader_failures": failures, "rollouts": rollouts}
+    return pool, metrics
+
+
+def _sampling_metrics(pool: list[Group]) -> dict[str, Any]:
+    """Of everything that was sampled, before dynamic sampling chooses: else its rewards would flatter."""
+    rewards = np.array([reward for group in pool for reward in group.rewards])
+    responses = [response for group in pool for response in group.responses]
+    lengths = np.array([len(response.token_ids) for response in responses])
+    return {
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std(ddof=1)),
+        "zero_variance_fraction": sum(group.flat for group in pool) / len(pool),
+        "response_length_mean": float(lengths.mean()),
+        "truncated_fraction": sum(not response.finished for response in responses) / len(responses),
+        "prompt_tokens": sum(len(group.prompt.token_ids) * len(group.responses) for group in pool),
+        "response_tokens": int(lengths.sum()),
+    }
 
 
 def _overlong_penalty(job: Training, groups: list[Group]) -> torch.Tensor:
@@ -216,20 +239,13 @@ def _evaluate(job: Training, run: RunDir, step: int, clock: "Clock") -> dict[str
 
 
 def _metrics(batch: Batch, record: UpdateRecord) -> dict[str, Any]:
-    lengths = batch.response_mask.sum(-1).double()
     return {
-        "reward_mean": float(batch.rewards.mean()),
-        "reward_std": float(batch.rewards.std()),
         **record.sums.metrics(),
         **{name: mean.value for name, mean in record.means.items()},
-        "entropy": float(record.entropy.double().sum() / lengths.sum()),
+        "entropy": float(record.entropy.double().sum() / batch.response_mask.sum()),
         "rollout_log_prob_gap": _mismatch(batch, record),
         "grad_norm": float(np.mean(record.grad_norms)),
         "grad_norm_max": max(record.grad_norms),
-        "response_length_mean": float(lengths.mean()),
-        "truncated_fraction": float(batch.truncated.float().mean()),
-        "prompt_tokens": int(batch.prompt_lengths.sum()),
-        "response_tokens": int(lengths.sum()),
     }
 
 

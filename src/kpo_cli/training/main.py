@@ -11,18 +11,27 @@ import torch
 from omegaconf import OmegaConf
 
 from kpo_cli.checkpoints import newest_checkpoint
-from kpo_cli.config import RolloutConfig, TrainConfig, as_dict, data_label, model_label, train_config
+from kpo_cli.config import (
+    PeriodicEvalConfig,
+    RolloutConfig,
+    TrainConfig,
+    as_dict,
+    data_label,
+    model_label,
+    train_config,
+)
 from kpo_cli.core import MaskedImportance, Objective, ReferenceKL, TruncatedImportance, build_objective
 from kpo_cli.data.load import ProblemSets, load_problems
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
-from kpo_cli.evaluation.benchmarks import load_benchmark
+from kpo_cli.evaluation.benchmarks import load_benchmarks
 from kpo_cli.policy import (
     Policy,
     choose_device,
     choose_threads,
     load_policy,
     loading_errors,
+    model_identity,
     model_source,
 )
 from kpo_cli.rollout import HFSampler
@@ -70,10 +79,13 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         objective = make_objective(config)
         checkpoint, damaged = newest_checkpoint(path)
         problems = load_problems(config.data)
-        if problems.sha256 != run.manifest()["data"]["sha256"]:
-            raise UserError(
-                f"{config.data.path} has changed since {path} began; put the old file back or start a new run"
-            )
+        manifest = run.manifest()
+        for what, same in (
+            (config.data.path, problems.sha256 == manifest["data"]["sha256"]),
+            (config.model.path, manifest["model"].items() >= model_identity(config.model).items()),
+        ):
+            if not same:
+                raise UserError(f"{what} has changed since {path} began; put it back or start a new run")
         policy = load_policy(config.model, checkpoint)
         job, notes = _assemble(config, objective, problems, policy)
         progress = Progress() if checkpoint is None else restore(checkpoint, job.updater.optimizer)
@@ -87,7 +99,7 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         run.write_config(as_dict(config))
         run.cut_after(progress.step if checkpoint else -1)
         notes += [f"warning: {line}; using an older one" for line in damaged]
-        _run(job, run, progress, [*notes, f"resuming after step {progress.step}"], [])
+        _run(job, run, progress, [*notes, f"resuming after step {progress.step}"], None)
 
 
 def _changed_config(stored: dict[str, Any], raw: dict[str, Any], overrides: list[str]) -> TrainConfig:
@@ -165,11 +177,14 @@ def _complete(config: TrainConfig, policy: Policy) -> TrainConfig:
         return path if path is None or not os.path.exists(os.path.expanduser(path)) else str(_expanded(path))
 
     threads = choose_threads(config.trainer.threads, policy.parameters)
+    evaluation = PeriodicEvalConfig(
+        [absolute(name) or name for name in config.trainer.eval.benchmarks], absolute(config.trainer.eval.data_dir)
+    )
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=absolute(config.model.path)),
         data=dataclasses.replace(config.data, path=absolute(config.data.path)),
-        trainer=dataclasses.replace(config.trainer, threads=threads),
+        trainer=dataclasses.replace(config.trainer, threads=threads, eval=evaluation),
     )
 
 
@@ -188,13 +203,12 @@ def _assemble(
     train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
     heldout, heldout_dropped = builder.build_all(problems.heldout, rollout.max_prompt_tokens, "held-out")
     benchmarks = {}
-    for name in trainer.eval.benchmarks:
-        benchmark = load_benchmark(name, config.known, trainer.eval.data_dir)
+    for benchmark in load_benchmarks(trainer.eval.benchmarks, config.known, trainer.eval.data_dir):
         prompts, too_long = builder.build_all(benchmark.problems, rollout.max_prompt_tokens, benchmark.name)
         if too_long:
             raise UserError(
-                f"{name}: {too_long} prompts are longer than rollout.max_prompt_tokens={rollout.max_prompt_tokens}, "
-                f"and no problem of a benchmark may be left out; raise it"
+                f"{benchmark.name}: {too_long} prompts are longer than rollout.max_prompt_tokens="
+                f"{rollout.max_prompt_tokens}, and no problem of a benchmark may be left out; raise it"
             )
         benchmarks[benchmark.name] = prompts
     if len(train_prompts) < trainer.prompts_per_step:
@@ -280,7 +294,8 @@ def _manifest(job: Training, problems: ProblemSets) -> dict[str, Any]:
     )
 
 
-def _run(job: Training, run: RunDir, progress: Progress, notes: list[str], overrides: list[str]) -> None:
+def _run(job: Training, run: RunDir, progress: Progress, notes: list[str], overrides: list[str] | None) -> None:
+    """`overrides` are those of a new run, for the comparison that is suggested at the end."""
     display = Display(job.config.trainer.steps)
     for line in [f"run: {run.path}", *notes]:
         display.say(line)
@@ -292,11 +307,12 @@ def _run(job: Training, run: RunDir, progress: Progress, notes: list[str], overr
     summary = _summarise(job, run)
     run.write_json("summary.json", summary)
     _show_result(run, summary, display)
-    kept = [o for o in overrides if o.split("=", 1)[0] not in ("method", "seed", "run_dir")]
+    kept = [o for o in overrides or [] if o.split("=", 1)[0] not in ("method", "seed", "run_dir")]
     more = summary["steps"] * 2
     display.say(f"next:  {shlex.join(['kpo', 'train', f'resume={run.path}', f'trainer.steps={more}'])}   # go on")
     sweep = ["kpo", "train", "-m", "method=kpo,grpo_tight,grpo", "seed=0,1,2", *kept]
-    display.say(f"       {shlex.join(sweep)}   # compare with its control")
+    if overrides is not None:
+        display.say(f"       {shlex.join(sweep)}   # compare with its control")
 
 
 def _summarise(job: Training, run: RunDir) -> dict[str, Any]:

@@ -11,6 +11,10 @@ from kpo_cli.config import TrainConfig
 from kpo_cli.errors import UserError
 
 GIB = 2**30
+LESS_MEMORY = (
+    "lower trainer.micro_batch, rollout.batch_size or rollout.max_response_tokens, "
+    "or set model.gradient_checkpointing=true"
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,7 @@ def check_memory(plan: MemoryPlan) -> str | None:
             f"larger device"
         )
     if plan.fixed + plan.activations > plan.available:
-        return (
-            "this may run out of memory; lower trainer.micro_batch, rollout.batch_size or "
-            "rollout.max_response_tokens, or set model.gradient_checkpointing=true"
-        )
+        return f"this may run out of memory; {LESS_MEMORY}"
     return None
 
 
@@ -75,7 +76,7 @@ def _activations(config: TrainConfig, model: Any, width: int) -> int:
     """The larger of a training micro-batch and a sampling batch's cache. `width`: bytes of an activation.
 
     A decoder layer keeps about 18 hidden and 3 intermediate vectors for its backward pass, or one hidden vector with
-    gradient checkpointing; the logits are kept about three times, in float32.
+    gradient checkpointing; a logit takes about 20 bytes: itself, its log-softmax, their gradients and temporaries.
     """
     hidden, layers = model.hidden_size, model.num_hidden_layers
     intermediate = getattr(model, "intermediate_size", None) or 4 * hidden
@@ -85,7 +86,7 @@ def _activations(config: TrainConfig, model: Any, width: int) -> int:
     tokens = config.trainer.micro_batch * length
     layer = hidden if config.model.gradient_checkpointing else 18 * hidden + 3 * intermediate
     logits = config.trainer.micro_batch * config.rollout.max_response_tokens * model.vocab_size
-    training = tokens * layers * layer * width + 3 * 4 * logits
+    training = tokens * layers * layer * width + 20 * logits
     sampling = config.rollout.batch_size * length * layers * 2 * heads * head_dim * width
     return int(max(training, sampling))
 

@@ -164,7 +164,10 @@ def response_log_probs(
     first = int(batch.prompt_lengths.min()) - 1
     keep = input_ids.shape[1] - first
     logits = model(
-        input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device), logits_to_keep=keep
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        logits_to_keep=keep,
+        use_cache=False,
     ).logits
     columns = (batch.prompt_lengths - 1 - first)[:, None] + torch.arange(length)
     columns = columns.clamp(max=keep - 1).to(logits.device)
