@@ -1,0 +1,103 @@
+"""`kpo analyze`, from configuration to files."""
+
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from kpo_cli.analysis.analyse import Analysis, analyse
+from kpo_cli.analysis.config import AnalyzeConfig, analyze_config
+from kpo_cli.analysis.display import ReadingBar
+from kpo_cli.analysis.records import Source, find_source
+from kpo_cli.analysis.tables import terminal_tables
+from kpo_cli.analysis.words import summary
+from kpo_cli.errors import UserError
+from kpo_cli.runs import finite, write_text
+
+
+def run(raw: dict[str, Any]) -> None:
+    """Entry point of the command; `raw` is the composed configuration. Raises UserError."""
+    raw.pop("overrides")
+    config = analyze_config(raw)
+    sources = [find_source(path) for path in config.paths]
+    torch.set_num_threads(1)  # rows are short: more threads only wait for each other
+    console = Console(highlight=False)
+    if config.watch:
+        from kpo_cli.analysis.watch import watch
+
+        watch(sources[0], config, console)
+    elif len(sources) == 1:
+        folder = Path(config.run_dir) if config.run_dir is not None else sources[0].output
+        check_writable(folder)
+        analyse_one(sources[0], folder, config, console)
+    else:
+        _several(sources, config, console)
+
+
+def analyse_one(source: Source, folder: Path, config: AnalyzeConfig, console: Console) -> dict[str, Any]:
+    """Analyse one source, print what was found, and write it to `folder`; returns the content of analysis.json."""
+    with ReadingBar(source.name, len(source.files), console) as bar:
+        analysis = analyse(source, config, bar.file, bar.stage)
+        found = analysis.found
+        found["summary"] = summary(found)
+        _write(analysis, folder, config, bar)
+    for problem in source.problems:
+        print(f"kpo: {problem}", file=sys.stderr)
+    _print(found, console)
+    what = "report.html, analysis.json and figures" if config.report else "analysis.json"
+    console.print(
+        f"{what} are in {folder}" if config.report else f"{what} is in {folder}", markup=False, soft_wrap=True
+    )
+    return found
+
+
+def _write(analysis: Analysis, folder: Path, config: AnalyzeConfig, bar: ReadingBar) -> None:
+    import json
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "analysis.json", json.dumps(finite(analysis.found), indent=1) + "\n")
+        if config.report:
+            from kpo_cli.analysis.report import write_report
+
+            bar.stage("figures and report")
+            write_report(analysis, folder, config.responses)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another run_dir=") from None
+
+
+def _print(found: dict[str, Any], console: Console) -> None:
+    console.print(found["summary"], markup=False)
+    for table in terminal_tables(found):
+        console.print()
+        console.print(table.for_terminal())
+    if found["subsample"]:
+        sample = found["subsample"]
+        console.print(
+            f"\nvalue: all off-policy tokens, with its interval over prompts. sample, shuffled, signs flipped: "
+            f"{sample['responses']} responses drawn at random (seed {sample['seed']}), and 95% of "
+            f"{found['settings']['nulls']['draws']} draws of each null; *: the sample lies outside, p < 0.05",
+            markup=False,
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError before the work is done if its result could not be written."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"run_dir={folder}: {existing} is a file; choose another run_dir=")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"no permission to write in {existing}; choose another place with run_dir=")
+
+
+def _several(sources: list[Source], config: AnalyzeConfig, console: Console) -> None:
+    from kpo_cli.analysis.comparison import compare
+
+    base = Path("outputs") / "analyze" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Path(config.run_dir) if config.run_dir is not None else base
+    check_writable(folder)
+    compare(sources, folder, config, console)

@@ -1,0 +1,261 @@
+"""Recorded ratios, a batch of responses at a time: `kpo train`'s records (docs/run-directory.md) and exports.
+
+A file that cannot be used raises `BadRecord`, whose message says what is wrong with it; `read` collects those and
+goes on with the next file. One file, or one chunk of an export, is in memory at a time.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpo_cli.errors import UserError
+
+FORMAT = "kpo-ratios-1"
+TOKEN_TENSORS = ("old_log_probs", "rollout_log_probs", "entropy", "filtered_log_ratio", "response_ids")
+ROW_TENSORS = ("advantages", "rewards", "mini_batch_index", "prompt_index", "prompt_lengths")
+PIECE_TOKENS = 2**18
+"""Tokens that are worked on at once, padding included: some ten float64 temporaries of 2 MB for each series."""
+
+
+class BadRecord(Exception):
+    """What is wrong with a file, without its name."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Responses as rows; token arrays are zero outside the mask. None: not recorded."""
+
+    log_ratio: NDArray[Any]
+    """(B, T) float32 or float64, z."""
+    mask: NDArray[np.bool_]
+    """(B, T)."""
+    step: NDArray[Any]
+    """(B,) int64."""
+    old_log_probs: NDArray[Any] | None = None
+    """(B, T)."""
+    rollout_log_probs: NDArray[Any] | None = None
+    """(B, T)."""
+    entropy: NDArray[Any] | None = None
+    """(B, T), nats."""
+    filtered_log_ratio: NDArray[Any] | None = None
+    """(B, T), what the run's own filter made of z."""
+    response_ids: NDArray[Any] | None = None
+    """(B, T) int."""
+    prompt_ids: NDArray[Any] | None = None
+    """(B, P) int."""
+    prompt_lengths: NDArray[Any] | None = None
+    """(B,) int."""
+    advantages: NDArray[Any] | None = None
+    """(B,)."""
+    rewards: NDArray[Any] | None = None
+    """(B,)."""
+    mini_batch_index: NDArray[Any] | None = None
+    """(B,) int; 0 is on-policy."""
+    prompt_index: NDArray[Any] | None = None
+    """(B,) int; equal numbers of one step are one prompt."""
+    texts: NDArray[Any] | None = None
+    """(B,) of str, where the file holds texts and not ids."""
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    @property
+    def off_policy(self) -> NDArray[np.bool_]:
+        """(B,): true where the mini-batch came after an optimizer step; everywhere, where that is not recorded."""
+        if self.mini_batch_index is None:
+            return np.ones(len(self), bool)
+        off_policy: NDArray[np.bool_] = self.mini_batch_index > 0
+        return off_policy
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(B,) valid tokens."""
+        return self.mask.sum(1)
+
+    def rows(self, chosen: Any) -> "Batch":
+        """Some of the responses, without the columns that none of them uses."""
+        mask = self.mask[chosen]
+        width = int(np.flatnonzero(mask.any(0))[-1]) + 1 if mask.any() else 1
+        kept: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is not None:
+                value = value[chosen]
+                kept[entry.name] = value[:, :width] if entry.name in ("log_ratio", "mask", *TOKEN_TENSORS) else value
+        return Batch(**kept)
+
+    def pieces(self) -> Iterator["Batch"]:
+        """The same responses in parts of bounded size."""
+        at_once = max(1, PIECE_TOKENS // self.mask.shape[1])
+        for start in range(0, len(self), at_once):
+            yield self.rows(slice(start, start + at_once))
+
+
+@dataclass
+class Source:
+    """Something to analyse: a run, or files; and what was found wrong with its files while reading."""
+
+    name: str
+    files: list[Path]
+    output: Path
+    """Where the results go by default."""
+    run: Path | None = None
+    problems: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """That of the newest record read: method, filter, clip widths."""
+
+    def batches(self) -> Iterator[tuple[Path, Batch]]:
+        """Batches of all files that can be read, in order; what is wrong with the others goes to `problems`."""
+        for path in self.files:
+            try:
+                for batch, metadata in read_file(path):
+                    self.metadata = metadata
+                    yield path, batch
+            except BadRecord as error:
+                self.problem(path, str(error))
+
+    def problem(self, path: Path, what: str) -> None:
+        line = f"{path}: {what}; left out"
+        if line not in self.problems:
+            self.problems.append(line)
+
+
+def find_source(path: Path) -> Source:
+    """A run directory, its ratios/ directory, or one file. Raises UserError."""
+    try:
+        return _find_source(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _find_source(path: Path) -> Source:
+    absolute = path.absolute()
+    if path.is_dir():
+        run = absolute.parent if absolute.name == "ratios" else absolute
+        folder = run / "ratios"
+        if not (folder.is_dir() or (run / "config.yaml").is_file()):
+            raise UserError(f"{path}: not a run directory (it has neither config.yaml nor ratios/)")
+        found = sorted(entry for entry in folder.glob("*") if entry.is_file() and not entry.name.startswith("."))
+        shown = path.parent if absolute.name == "ratios" else path
+        return Source(run.name, [shown / "ratios" / file.name for file in found], shown / "analysis", run=shown)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run directory, or a .safetensors, .parquet or .jsonl file")
+    if path.suffix not in READERS:
+        raise UserError(f"{path}: unknown kind of file; it must be one of: {', '.join(READERS)}")
+    return Source(path.stem, [path], path.with_name(f"{path.stem}-analysis"))
+
+
+def read_file(path: Path) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """Batches of one file, each with the file's metadata. Raises BadRecord."""
+    if path.suffix not in READERS:
+        raise BadRecord("not a ratio record (.safetensors, .parquet or .jsonl)")
+    try:
+        yield from READERS[path.suffix](path)
+    except OSError as error:
+        raise BadRecord(f"cannot be read ({error.strerror or error})") from None
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    from safetensors import SafetensorError, safe_open
+
+    if path.stat().st_size == 0:
+        raise BadRecord("the file is empty")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = _metadata(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name in KNOWN}  # noqa: SIM118
+    except SafetensorError as error:
+        raise BadRecord(f"truncated or not a safetensors file ({error})") from None
+    # numpy has no bfloat16.
+    arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
+    yield checked_batch(arrays, int(metadata["step"])), metadata
+
+
+def _metadata(raw: dict[str, str]) -> dict[str, Any]:
+    try:
+        metadata = {name: json.loads(value) for name, value in raw.items()}
+    except ValueError:
+        metadata = {}
+    if metadata.get("format") != FORMAT:
+        found = f"format {metadata['format']!r}" if "format" in metadata else "no such format in its metadata"
+        raise BadRecord(f"not a ratio record {FORMAT} ({found})")
+    if not isinstance(metadata.get("step"), int):
+        raise BadRecord("its metadata has no step")
+    return metadata
+
+
+KNOWN = {"log_ratio", "response_mask", "prompt_ids", *TOKEN_TENSORS, *ROW_TENSORS}
+
+
+def checked_batch(arrays: dict[str, Any], step: Any) -> Batch:
+    """A batch of `arrays`, named as in a record, after every check. `step` is a number or (B,). Raises BadRecord."""
+    for name in ("log_ratio", "response_mask"):
+        if name not in arrays:
+            raise BadRecord(f"it has no {name}")
+    arrays = dict(arrays)
+    mask = arrays.pop("response_mask")
+    if mask.ndim != 2 or mask.size == 0:
+        raise BadRecord(f"response_mask has shape {mask.shape}; it must be (responses, tokens)")
+    if mask.dtype != np.bool_:
+        if not np.isin(mask, (0, 1)).all():
+            raise BadRecord("response_mask must hold 0 and 1 (or booleans) only")
+        mask = mask.astype(bool)
+    for name, array in arrays.items():
+        expected = mask.shape if name in ("log_ratio", *TOKEN_TENSORS) else mask.shape[:1]
+        if array.shape[: len(expected)] != expected or array.ndim != (2 if name == "prompt_ids" else len(expected)):
+            raise BadRecord(f"{name} has shape {array.shape}, which does not fit a mask of shape {mask.shape}")
+        if name in ("log_ratio", *TOKEN_TENSORS):
+            arrays[name] = _token_array(name, array, mask)
+        elif array.dtype.kind not in "biuf" and name != "texts":
+            raise BadRecord(f"{name} has type {array.dtype}; it must be numbers")
+        elif array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise BadRecord(f"{name} is not a finite number at row {int(np.argmin(np.isfinite(array)))}")
+    return Batch(mask=mask, step=np.broadcast_to(np.asarray(step, np.int64), mask.shape[:1]), **arrays)
+
+
+def _token_array(name: str, array: Any, mask: NDArray[np.bool_]) -> Any:
+    if (array.dtype.kind == "f") != (name != "response_ids"):
+        raise BadRecord(f"{name} has type {array.dtype}")
+    clean = np.where(mask, array, array.dtype.type(0))
+    if array.dtype.kind == "f" and not np.isfinite(clean).all():
+        row, column = np.argwhere(~np.isfinite(clean))[0]
+        raise BadRecord(f"{name} is {clean[row, column]} at row {row}, token {column}, a valid token")
+    return clean
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """One batch of several, padded on the right; what is not recorded in all of them is left out."""
+    parts: dict[str, Any] = {}
+    for entry in fields(Batch):
+        values = [getattr(batch, entry.name) for batch in batches]
+        if any(value is None for value in values):
+            continue
+        width = max(value.shape[1] if value.ndim == 2 else 0 for value in values)
+        parts[entry.name] = np.concatenate(
+            [np.pad(v, ((0, 0), (0, width - v.shape[1]))) if v.ndim == 2 else v for v in values]
+        )
+    return Batch(**parts)
+
+
+def _exports(reader: str) -> Any:
+    """A reader of kpo_cli.analysis.exports, imported when first needed: it imports pyarrow."""
+
+    def read(path: Path) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        from kpo_cli.analysis import exports
+
+        for batch in getattr(exports, reader)(path):
+            yield batch, {}
+
+    return read
+
+
+READERS = {
+    ".safetensors": read_safetensors,
+    ".parquet": _exports("read_parquet"),
+    ".jsonl": _exports("read_jsonl"),
+}
