@@ -61,7 +61,7 @@ def _structure(found: dict[str, Any]) -> list[str]:
     text = f"{text}; on a sample it is {observed}, and {band} with the tokens of each response shuffled."
     beyond = {name: raw[name]["null_shuffled"] for name in TESTED if _significant(raw[name]["null_shuffled"])}
     if not beyond:
-        return [text, "There is no temporal structure beyond the shuffled null."]
+        return [text, "There is no temporal structure beyond the shuffled null (three tests, 5% for all together)."]
     return [text, f"There is some order in time: {', and '.join(_direction(n, null) for n, null in beyond.items())}."]
 
 
