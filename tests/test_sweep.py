@@ -17,16 +17,16 @@ def summaries(folder: Path) -> dict[str, dict]:
 def test_a_sweep_of_methods_is_the_same_as_one_run_after_the_other(run_kpo, kpo, small: list[str], tmp_path: Path):
     result = run_kpo("train", "-m", *small, "method=kpo,grpo", "seed=1", "run_dir=all", cwd=tmp_path)
     assert (result.code, result.err) == (0, "")
-    assert "[2/2] method=grpo -> all/1-method=grpo" in result.out
+    assert "[2/2] method=grpo -> all/1-method-grpo" in result.out
     done = summaries(tmp_path / "all")
     assert {name: (s["method"], s["seed"]) for name, s in done.items()} == {
-        "0-method=kpo": ("kpo", 1),
-        "1-method=grpo": ("grpo", 1),
+        "0-method-kpo": ("kpo", 1),
+        "1-method-grpo": ("grpo", 1),
     }
     assert [path.name for path in tmp_path.iterdir()] == ["all"]
     assert kpo("train", *small, "method=grpo", "seed=1", "run_dir=alone").code == 0
     weights = "checkpoints/step-000001/model.safetensors"
-    assert (tmp_path / "alone" / weights).read_bytes() == (tmp_path / "all/1-method=grpo" / weights).read_bytes()
+    assert (tmp_path / "alone" / weights).read_bytes() == (tmp_path / "all/1-method-grpo" / weights).read_bytes()
 
 
 @pytest.mark.slow
@@ -35,9 +35,9 @@ def test_a_failing_job_does_not_stop_the_others(run_kpo, small: list[str], tmp_p
     assert result.code == 2
     assert "Traceback" not in result.err
     (sweep,) = tmp_path.glob("outputs/sweeps/*")
-    assert set(summaries(sweep)) == {"1-trainer.lr=0.0002"}
+    assert set(summaries(sweep)) == {"1-trainer.lr-0.0002"}
     # A failed job leaves nothing behind.
-    assert {path.name for path in sweep.iterdir() if path.is_dir()} == {"1-trainer.lr=0.0002"}
+    assert {path.name for path in sweep.iterdir() if path.is_dir()} == {"1-trainer.lr-0.0002"}
     first, second, last = result.err.splitlines()
     assert first == "kpo: trainer.lr=-1.0 must be a finite number above 0"
     assert second.startswith("failed with exit code 2: trainer.lr=-1 ->")
@@ -94,10 +94,10 @@ def test_methods_and_seeds(started):
         ("grpo", 1),
     ]
     assert [values(job)["run_dir"] for job in jobs] == [
-        "all/0-method=kpo_seed=0",
-        "all/1-method=kpo_seed=1",
-        "all/2-method=grpo_seed=0",
-        "all/3-method=grpo_seed=1",
+        "all/0-method-kpo_seed-0",
+        "all/1-method-kpo_seed-1",
+        "all/2-method-grpo_seed-0",
+        "all/3-method-grpo_seed-1",
     ]
 
 
@@ -105,8 +105,8 @@ def test_jobs_get_everything_but_the_sweep(started):
     result, jobs = started("method=kpo,grpo", "trainer.steps=3", "run_dir=all")
     assert result.code == 0
     assert [values(job) for job in jobs] == [
-        {"method": "kpo", "trainer.steps": 3, "run_dir": "all/0-method=kpo"},
-        {"method": "grpo", "trainer.steps": 3, "run_dir": "all/1-method=grpo"},
+        {"method": "kpo", "trainer.steps": 3, "run_dir": "all/0-method-kpo"},
+        {"method": "grpo", "trainer.steps": 3, "run_dir": "all/1-method-grpo"},
     ]
     assert not any("-m" in job or "--multirun" in job for job in jobs)
 
@@ -128,7 +128,7 @@ def test_values_survive(started):
     assert (result.code, result.err) == (0, "")
     expected = {f"k{i}": value for i, value in enumerate(written.values())}
     assert [values(job) for job in jobs] == [
-        {"seed": seed, "run_dir": f"all/{seed}-seed={seed}", **expected} for seed in (0, 1)
+        {"seed": seed, "run_dir": f"all/{seed}-seed-{seed}", **expected} for seed in (0, 1)
     ]
 
 
@@ -146,7 +146,7 @@ def test_odd_names_of_sweep_directories(name: str, started, tmp_path: Path):
 
     result, jobs = started("seed=0,1", f"run_dir={quote_value(name)}")
     assert (result.code, result.err) == (0, "")
-    assert [values(job)["run_dir"] for job in jobs] == [f"{name}/0-seed=0", f"{name}/1-seed=1"]
+    assert [values(job)["run_dir"] for job in jobs] == [f"{name}/0-seed-0", f"{name}/1-seed-1"]
     assert {path.name for path in tmp_path.iterdir()} <= {name}
 
 
@@ -161,10 +161,10 @@ def test_resumes_can_be_swept(started):
 
 
 def test_a_second_sweep_may_go_where_the_first_one_is(started, tmp_path: Path):
-    (tmp_path / "all" / "0-seed=0").mkdir(parents=True)
+    (tmp_path / "all" / "0-seed-0").mkdir(parents=True)
     result, jobs = started("seed=1,2", "run_dir=all")
     assert result.code == 0
-    assert [values(job)["run_dir"] for job in jobs] == ["all/0-seed=1", "all/1-seed=2"]
+    assert [values(job)["run_dir"] for job in jobs] == ["all/0-seed-1", "all/1-seed-2"]
 
 
 def test_failures_are_reported_at_the_end(started):
@@ -172,8 +172,8 @@ def test_failures_are_reported_at_the_end(started):
     assert len(jobs) == 3
     assert result.code == 2
     assert result.err.splitlines() == [
-        "failed with exit code 1: seed=0 -> all/0-seed=0",
-        "failed with exit code 2: seed=2 -> all/2-seed=2",
+        "failed with exit code 1: seed=0 -> all/0-seed-0",
+        "failed with exit code 2: seed=2 -> all/2-seed-2",
         "kpo: 2 of 3 jobs failed, 1 finished",
     ]
 

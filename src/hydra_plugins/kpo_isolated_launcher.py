@@ -72,7 +72,8 @@ class IsolatedLauncher(Launcher):
         own = [value_of(override) for override in overrides if override.startswith(("run_dir=", "resume="))]
         if own:
             return Path(own[-1])
-        readable = "".join(c if c.isalnum() or c in "=.,-_" else "_" for c in label)[:100]
+        # No "=" and no ",": the directory is going to be an argument of other commands, where they mean something.
+        readable = "".join(c if c.isalnum() or c in ".-_" else "_" for c in label.replace("=", "-"))[:100]
         return self.sweep_dir / (f"{number}-{readable}" if readable else str(number))
 
     def _run(self, overrides: list[str], run_dir: Path) -> int:

@@ -115,7 +115,7 @@ def with_paths(command: str, arguments: list[str], key: str) -> list[str]:
     flags, rest = split_arguments(arguments)
     if {"-m", "--multirun"} & set(flags):
         raise UserError(f"kpo {command} makes no sweeps; give it all {key} at once")
-    settings = [argument for argument in rest if "=" in argument or argument.startswith("~")]
+    settings = [a for a in rest if ("=" in a or a.startswith("~")) and not os.path.exists(a)]
     paths = [argument for argument in rest if argument not in settings]
     if "--watch" in flags:
         settings.append("watch=true")

@@ -34,6 +34,13 @@ def test_a_run_of_the_built_in_task_is_analysed(kpo, small, tmp_path):
     assert found["filters"]["recorded"]["switch_frequency"]["null_shuffled"] is not None
 
 
+def test_a_path_may_look_like_a_setting(kpo, run, tmp_path):
+    odd = run.rename(tmp_path / "seed=1,lr=2")
+    result = kpo("analyze", str(odd), "run_dir=out", "report=false", *QUICK)
+    assert (result.code, result.err) == (0, "")
+    assert (tmp_path / "out" / "analysis.json").is_file()
+
+
 def test_results_go_where_run_dir_says(kpo, run, tmp_path, tree):
     before = tree(tmp_path)
     result = kpo("analyze", str(run / "ratios" / "step-000001.safetensors"), "run_dir=out", "report=false", *QUICK)
