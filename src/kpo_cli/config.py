@@ -284,6 +284,8 @@ def data_label(data: DataConfig) -> str:
 
 def convert(kind: Any, value: Any, key: str = "") -> Any:
     """`value` as `kind`, which is a dataclass or one of the annotations used above. Raises UserError naming the key."""
+    if value == "???":
+        raise UserError(f"{key} is required: give {key}=...")
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, key)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -291,8 +293,6 @@ def convert(kind: Any, value: Any, key: str = "") -> Any:
         if value is None and type(None) in arguments:
             return None
         return value if isinstance(value, str) and str in arguments else convert(arguments[0], value, key)
-    if value == "???":
-        raise UserError(f"{key} is required: give {key}=...")
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise UserError(f"{key}={value} must be a list of {len(arguments)} values")
