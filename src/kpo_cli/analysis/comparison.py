@@ -15,7 +15,7 @@ from kpo_cli.analysis.config import AnalyzeConfig
 from kpo_cli.analysis.curves import FINAL, METRICS, Run, curves, differences, finals, group, load_run
 from kpo_cli.analysis.display import ReadingBar
 from kpo_cli.analysis.records import Source
-from kpo_cli.analysis.report import render, write_report
+from kpo_cli.analysis.report import render, write_analysis
 from kpo_cli.analysis.tables import Table, interval, number
 from kpo_cli.analysis.words import summary
 from kpo_cli.errors import UserError
@@ -69,14 +69,7 @@ def _ratios(label: str, source: Source, folder: Path, config: AnalyzeConfig, con
     with ReadingBar(label, len(source.files), console) as bar:
         analysis = analyse(source, config, bar.file, bar.stage)
         analysis.found["summary"] = summary(analysis.found)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "analysis.json", json.dumps(finite(analysis.found), indent=1) + "\n")
-            if config.report:
-                bar.stage("figures and report")
-                write_report(analysis, folder, config.responses)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error.strerror}); choose another run_dir=") from None
+        write_analysis(analysis, folder, config, bar.stage)
     kept = ("switch_frequency", "low_frequency_energy", "std", "kl_k3")
     return {name: {stat: entry[stat] for stat in kept} for name, entry in analysis.found["filters"].items()}
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kpo_cli.analysis.analyse import Analysis, analyse
+from kpo_cli.analysis.analyse import analyse
 from kpo_cli.analysis.config import AnalyzeConfig, analyze_config
 from kpo_cli.analysis.display import ReadingBar
 from kpo_cli.analysis.records import Source, find_source
+from kpo_cli.analysis.report import write_analysis
 from kpo_cli.analysis.tables import terminal_tables
 from kpo_cli.analysis.words import summary
 from kpo_cli.errors import UserError
-from kpo_cli.runs import finite, write_text
 
 
 def run(raw: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ def analyse_one(source: Source, folder: Path, config: AnalyzeConfig, console: Co
         analysis = analyse(source, config, bar.file, bar.stage)
         found = analysis.found
         found["summary"] = summary(found)
-        _write(analysis, folder, config, bar)
+        write_analysis(analysis, folder, config, bar.stage)
     for problem in source.problems:
         print(f"kpo: {problem}", file=sys.stderr)
     _print(found, console)
@@ -53,21 +53,6 @@ def analyse_one(source: Source, folder: Path, config: AnalyzeConfig, console: Co
         f"{what} are in {folder}" if config.report else f"{what} is in {folder}", markup=False, soft_wrap=True
     )
     return found
-
-
-def _write(analysis: Analysis, folder: Path, config: AnalyzeConfig, bar: ReadingBar) -> None:
-    import json
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "analysis.json", json.dumps(finite(analysis.found), indent=1) + "\n")
-        if config.report:
-            from kpo_cli.analysis.report import write_report
-
-            bar.stage("figures and report")
-            write_report(analysis, folder, config.responses)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another run_dir=") from None
 
 
 def _print(found: dict[str, Any], console: Console) -> None:

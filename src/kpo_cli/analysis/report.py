@@ -1,6 +1,7 @@
 """report.html: one file with everything in it. Texts of responses are untrusted: they travel as data, not as markup."""
 
 import json
+from collections.abc import Callable
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 
 from kpo_cli.analysis import figures
 from kpo_cli.analysis.analyse import Analysis
+from kpo_cli.analysis.config import AnalyzeConfig
 from kpo_cli.analysis.records import Batch
 from kpo_cli.analysis.tables import Table, report_tables
 from kpo_cli.analysis.tokens import Decoder, find_decoder
-from kpo_cli.runs import write_text
+from kpo_cli.errors import UserError
+from kpo_cli.runs import finite, write_text
 
 TOKENS_SHOWN = 20_000
 """In the browser, of all responses together: keeps the report below 5 MB."""
@@ -31,6 +34,18 @@ CAPTIONS = {
     "vertical line lies the low-frequency energy.",
     "autocorrelation": "Autocorrelation of the log-ratios and of their signs. Dashed: the same on shuffled tokens.",
 }
+
+
+def write_analysis(analysis: Analysis, folder: Path, config: AnalyzeConfig, stage: Callable[[str], None]) -> None:
+    """analysis.json and, if configured, figures and report.html. Raises UserError if `folder` cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "analysis.json", json.dumps(finite(analysis.found), indent=1) + "\n")
+        if config.report:
+            stage("figures and report")
+            write_report(analysis, folder, config.responses)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another run_dir=") from None
 
 
 def write_report(analysis: Analysis, folder: Path, responses: int) -> None:

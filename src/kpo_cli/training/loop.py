@@ -76,6 +76,7 @@ def train(job: Training, run: RunDir, progress: Progress, display: Display) -> N
             if _due(step, config.ratios_every):
                 write_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
             if last or stop or _due(step, config.checkpoint_every):
+                # For readers of the checkpoint alone; a resumed run has the same two numbers in its config.yaml.
                 schedule = {"lr": config.lr, "warmup_steps": config.warmup_steps}
                 optimizer = job.updater.optimizer
                 save_checkpoint(run.path, job.policy, optimizer, progress, schedule, config.keep_checkpoints)
