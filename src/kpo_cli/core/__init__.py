@@ -6,7 +6,7 @@ Nothing in here imports anything of kpo outside this package.
 from kpo_cli.core.advantages import GroupAdvantages, group_normalised
 from kpo_cli.core.aggregation import Denominators
 from kpo_cli.core.filters import kalman_filter, kalman_meaning, q_over_v_of
-from kpo_cli.core.log_probs import token_log_probs
+from kpo_cli.core.log_probs import linear_log_probs, token_log_probs
 from kpo_cli.core.methods import build_objective, list_methods, load_objective
 from kpo_cli.core.objective import Objective, ObjectiveOutput
 from kpo_cli.core.penalties import MaskedImportance, ReferenceKL, TruncatedImportance
@@ -23,6 +23,7 @@ __all__ = [
     "group_normalised",
     "kalman_filter",
     "kalman_meaning",
+    "linear_log_probs",
     "list_methods",
     "load_objective",
     "q_over_v_of",
