@@ -8,8 +8,9 @@ from kpo_cli.runs import sha256_of
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint directories, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+    """Checkpoint directories, oldest first: those within the supervised phase come before all steps."""
+    found = [path for kind in ("supervised", "step") for path in sorted((run / "checkpoints").glob(f"{kind}-*"))]
+    return [path for path in found if path.is_dir()]
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:

@@ -17,3 +17,13 @@ class RunInterrupted(RunStopped):
     """Stopped from outside (Ctrl-C, SIGTERM) after the state was saved."""
 
     exit_code = 130
+
+
+class RunPaused(RunStopped):
+    """Stopped because it was told to stop after so long, after the state was saved: no failure."""
+
+    exit_code = 0
+
+
+class SamplingFailed(RunStopped):
+    """The sampling engine failed, or cannot be trusted. The policy is intact: a training run saves it and stops."""

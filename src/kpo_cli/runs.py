@@ -22,6 +22,9 @@ from kpo_cli.errors import UserError
 
 PACKAGES = ("kpo-cli", "torch", "transformers", "tokenizers", "safetensors", "numpy", "hydra-core", "math-verify")
 
+SUPERVISED = "supervised.jsonl"
+"""The metrics of the supervised phase before RL."""
+
 
 class RunDir:
     """A directory that one process at a time writes to; a context manager that gives up its lock at the end."""
@@ -106,28 +109,36 @@ class RunDir:
         path.parent.mkdir(exist_ok=True)
         write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
 
-    def append_metrics(self, metrics: dict[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    def append_metrics(self, metrics: dict[str, Any], name: str = "metrics.jsonl") -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(metrics)) + "\n")
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The metrics written so far; a last line that was cut off by a kill is left out."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / name
         rows = []
         for line in path.read_text("utf-8").splitlines() if path.exists() else []:
             with suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
         return rows
 
-    def cut_after(self, step: int) -> None:
-        """Forget what was written past `step` (-1: everything), as a resumed run is going to write it again."""
-        kept = [row for row in self.metrics() if row["step"] <= step]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+    def cut_after(self, step: int, supervised_step: int | None) -> None:
+        """Forget what was written past `step` (-1: everything), as a resumed run is going to write it again.
+
+        The same for `supervised_step` of the supervised phase; None: that is over, and stays.
+        """
+        self._cut_rows("metrics.jsonl", step)
+        if supervised_step is not None:
+            self._cut_rows(SUPERVISED, supervised_step)
         for folder, suffix in (("ratios", ".safetensors"), ("evals", ".jsonl")):
             for path in (self.path / folder).glob(f"*step-*{suffix}"):
                 if int(path.stem.rpartition("step-")[2]) > step:
                     path.unlink()
         (self.path / "summary.json").unlink(missing_ok=True)
+
+    def _cut_rows(self, name: str, step: int) -> None:
+        kept = [row for row in self.metrics(name) if row["step"] <= step]
+        write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def check_new(path: Path) -> None:

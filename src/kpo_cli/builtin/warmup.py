@@ -10,6 +10,7 @@ The result is the same to the bit for a given seed and torch version on the same
 import argparse
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from kpo_cli.builtin import POLICY_DIR
+from kpo_cli.config import Architecture
 from kpo_cli.data.arithmetic import Chain, chains, demonstration
 
 PAD, EOS = "<pad>", "<eos>"
@@ -71,25 +73,35 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model() -> Qwen3ForCausalLM:
-    """A freshly initialised decoder of 0.15M parameters; the caller seeds torch."""
-    config = Qwen3Config(
+TINY = Architecture(
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,  # vLLM on CPU needs 32 or more
+    max_position_embeddings=MAX_POSITIONS,
+    initializer_range=0.05,
+)
+"""0.15M parameters."""
+
+
+def architecture_config(architecture: Architecture) -> Qwen3Config:
+    """What transformers builds such a decoder over bytes from."""
+    return Qwen3Config(
+        **asdict(architecture),
         vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,  # vLLM on CPU needs 32 or more
-        intermediate_size=192,
         tie_word_embeddings=True,
-        initializer_range=0.05,
-        max_position_embeddings=MAX_POSITIONS,
         attention_dropout=0.0,
         pad_token_id=PAD_ID,
         eos_token_id=EOS_ID,
         dtype="float32",
     )
-    model = Qwen3ForCausalLM(config)
+
+
+def build_model(architecture: Architecture = TINY) -> Qwen3ForCausalLM:
+    """A freshly initialised decoder; the caller seeds torch."""
+    model = Qwen3ForCausalLM(architecture_config(architecture))
     model.generation_config = GenerationConfig(pad_token_id=PAD_ID, eos_token_id=EOS_ID)
     return model
 

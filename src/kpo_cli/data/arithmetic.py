@@ -58,6 +58,13 @@ def make_chain(rng: random.Random, operators: int = DEFAULT_OPERATORS) -> Chain:
     return Chain(start, tuple((op, rng.choice(_MOVES[op])) for op in rng.choices(_OPERATORS, k=operators)))
 
 
+def draw_chain(rng: random.Random, split: Split, operators: int) -> Chain:
+    """A chain of one split, with that many operators."""
+    while _split_of((chain := make_chain(rng, operators)).problem) != split:
+        pass
+    return chain
+
+
 def demonstration(rng: random.Random, chain: Chain, guess_fraction: float = 0.7, step_noise: float = 0.02) -> str:
     """A response to learn from: mostly a guess, sometimes the work.
 
@@ -70,17 +77,21 @@ def demonstration(rng: random.Random, chain: Chain, guess_fraction: float = 0.7,
     return _work_out(chain, slips)
 
 
-def chains(split: Split, *, seed: int, operators: int = DEFAULT_OPERATORS) -> Iterator[Chain]:
+def chains(
+    split: Split, *, seed: int, operators: int = DEFAULT_OPERATORS, max_operators: int | None = None
+) -> Iterator[Chain]:
     """Distinct chains of one split, in an order that the arguments determine.
 
+    All have `operators` operators, or, with `max_operators`, each a number drawn evenly from the two and those between.
     Which split a problem belongs to depends on its text alone, so the two are disjoint whatever the seeds.
     The iterator ends when a short chain length has no new problem left.
     """
-    rng = random.Random(f"arithmetic/{split}/{operators}/{seed}")
+    lengths = f"{operators}" if max_operators is None else f"{operators}-{max_operators}"
+    rng = random.Random(f"arithmetic/{split}/{lengths}/{seed}")
     seen: set[str] = set()
     misses = 0
     while misses < _PATIENCE:
-        chain = make_chain(rng, operators)
+        chain = make_chain(rng, operators if max_operators is None else rng.randint(operators, max_operators))
         problem = chain.problem
         if problem in seen or _split_of(problem) != split:
             misses += 1
@@ -90,16 +101,21 @@ def chains(split: Split, *, seed: int, operators: int = DEFAULT_OPERATORS) -> It
         yield chain
 
 
-def arithmetic_problems(split: Split, count: int, *, seed: int, operators: int = DEFAULT_OPERATORS) -> list[Problem]:
-    """The first `count` problems of a split; ValueError if it holds fewer at this number of operators."""
+def arithmetic_problems(
+    split: Split, count: int, *, seed: int, operators: int = DEFAULT_OPERATORS, max_operators: int | None = None
+) -> list[Problem]:
+    """The first `count` problems of a split (see `chains`); ValueError if it holds fewer of such length."""
     if split not in ("train", "heldout"):
         raise ValueError(f"no split {split!r}: it is 'train' or 'heldout'")
     problems = [
         Problem(f"arithmetic-{split}-{index}", chain.problem, chain.answer)
-        for index, chain in enumerate(islice(chains(split, seed=seed, operators=operators), count))
+        for index, chain in enumerate(
+            islice(chains(split, seed=seed, operators=operators, max_operators=max_operators), count)
+        )
     ]
     if len(problems) < count:
-        raise ValueError(f"the {split} split has only {len(problems)} chains with {operators} operators, not {count}")
+        numbers = operators if max_operators is None else f"{operators} to {max_operators}"
+        raise ValueError(f"the {split} split has only {len(problems)} chains with {numbers} operators, not {count}")
     return problems
 
 

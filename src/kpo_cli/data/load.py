@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kpo_cli.config import DataConfig
-from kpo_cli.data.arithmetic import arithmetic_problems
+from kpo_cli.data.arithmetic import DEFAULT_OPERATORS, arithmetic_problems
 from kpo_cli.data.overlap import benchmark_overlap
 from kpo_cli.data.problems import Problem
 from kpo_cli.data.rows import Row, hub_rows, local_rows, shown
@@ -52,10 +53,10 @@ def load_problems(config: DataConfig) -> ProblemSets:
 
 
 def _builtin(config: DataConfig) -> ProblemSets:
-    operators, count = config.operators or 10, config.limit or 8192
+    operators, count = config.operators or DEFAULT_OPERATORS, config.limit or 8192
     try:
-        train = arithmetic_problems("train", count, seed=config.seed, operators=operators)
-        heldout = arithmetic_problems("heldout", config.heldout, seed=config.seed, operators=operators)
+        draw = partial(arithmetic_problems, seed=config.seed, operators=operators, max_operators=config.max_operators)
+        train, heldout = draw("train", count), draw("heldout", config.heldout)
     except ValueError as error:
         raise UserError(f"{error}; lower data.limit and data.heldout or raise data.operators") from None
     return ProblemSets(train, heldout, 0, {}, _hash(train + heldout))
