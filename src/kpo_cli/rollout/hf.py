@@ -4,17 +4,43 @@ The loop is our own, not `generate`: that applies top-k 50 by default, and whate
 adds (top-p, penalties, another temperature), and each of these makes the ratios of the objective wrong. Here
 a token is drawn from softmax(logits / temperature) and nothing else, by inverting its cumulative distribution in
 float64 with one uniform number.
+
+Nothing is computed twice: a prompt goes through the model once for all its samples, its keys and values are shared out,
+and responses that ended leave the batch.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kpo_cli.errors import RunStopped
+from kpo_cli.parallel import Workers
+from kpo_cli.policy import SMALL_MODEL
+from kpo_cli.rollout import decoder
+from kpo_cli.rollout.cache import spread
+from kpo_cli.rollout.decoder import Decoder
 from kpo_cli.rollout.response import Response
+
+REPORT_EVERY = 16
+"""Tokens between two calls of `progress`."""
+CUDA_CHECK_EVERY = 8
+"""Tokens between two looks at what has ended on a GPU, which has to wait for each. A CPU looks at every token."""
+COMPACT_SHARE = 1 / 16
+"""Ended responses leave the batch once they are more than this share of it."""
+CPU_BATCH = 128
+"""Responses in a batch on a CPU, no more: two threads share what would be one batch."""
+BLOCK = 128
+"""Tokens of the vocabulary in one block of `invert_cdf`."""
+
+Report = Callable[[int, int], None]
+"""Told how many responses have ended, and how many tokens all of them have so far."""
 
 
 class HFSampler:
@@ -27,17 +53,26 @@ class HFSampler:
         max_response_tokens: int,
         batch_size: int,
         top_p: float = 1.0,
+        workers: Workers | None = None,
+        progress: Report | None = None,
     ) -> None:
-        """`stop_ids` end a response; `batch_size` responses are sampled at a time.
+        """`stop_ids` end a response; at most `batch_size` responses are sampled at a time by each of `workers`.
 
         `top_p` below 1 samples from the nucleus. It is for evaluation alone: a policy is not trained on it.
+        `progress` is told now and then how far the present `sample` is, from any thread but never from two at a time.
         """
         self.model = model
         self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
         self.temperature = temperature
         self.top_p = top_p
         self.max_response_tokens = max_response_tokens
-        self.batch_size = batch_size
+        self.batch_size = min(batch_size, CPU_BATCH) if model.device.type == "cpu" else batch_size
+        self.check_every = 1 if model.device.type == "cpu" else CUDA_CHECK_EVERY
+        own_rotary = _forward_changes_model(model)
+        self.workers = Workers() if workers is None or own_rotary else workers
+        small = model.device.type == "cpu" and model.num_parameters() < SMALL_MODEL
+        self.lean = small and not own_rotary and decoder.fits(model)
+        self.progress = progress
 
     def sample(
         self,
@@ -49,60 +84,98 @@ class HFSampler:
         places: Sequence[int] | None = None,
     ) -> list[list[Response]]:
         places = range(len(prompts)) if places is None else places
-        rows = [(i, j) for i in range(len(prompts)) for j in range(samples)]
-        responses: list[Response] = []
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            uniforms = None
-            if not greedy:
-                draws = [
-                    np.random.default_rng([*seed, places[i], j]).random(self.max_response_tokens) for i, j in batch
-                ]
-                uniforms = torch.from_numpy(np.stack(draws)).to(self.model.device)
-            responses += self._sample_batch([prompts[i] for i, _ in batch], uniforms)
-        return [responses[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+        tally = _Tally(self.progress)
+        longest = max(map(len, prompts), default=0) + self.max_response_tokens
+        lean = Decoder.of(self.model, longest) if self.lean else None
+
+        def work(batch: list[tuple[int, int]]) -> list[Response]:
+            seeds = None if greedy else [[*seed, places[i], j] for i, j in batch]
+            return self._sample_batch([prompts[i] for i, _ in batch], seeds, lean, tally.of_batch())
+
+        batches = self._batches(prompts, samples)
+        sampled = dict(zip(chain(*batches), chain(*self.workers.map(work, batches)), strict=True))
+        return [[sampled[i, j] for j in range(samples)] for i in range(len(prompts))]
+
+    def refresh(self) -> None:
+        """Nothing to take over: it samples from the training weights themselves."""
+
+    def release(self) -> None:
+        """Nothing to give back: what a `sample` call took is free again when it returns."""
+
+    def _batches(self, prompts: Sequence[list[int]], samples: int) -> list[list[tuple[int, int]]]:
+        """Every (prompt, sample), in batches of nearly equal size with prompts of nearly equal length.
+
+        They do not depend on the number of workers: the batch that a response is in decides how its numbers round.
+        """
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        rows = [(i, j) for i in by_length for j in range(samples)]
+        count = -(-len(rows) // self.batch_size)
+        return [rows[len(rows) * k // count : len(rows) * (k + 1) // count] for k in range(count)]
 
     @torch.no_grad()
-    def _sample_batch(self, prompts: list[list[int]], uniforms: Tensor | None) -> list[Response]:
-        """`uniforms` (B, max_response_tokens) in [0, 1), float64; None samples greedily."""
-        input_ids, attention_mask = left_pad(prompts, self.model.device)
-        rows = len(prompts)
-        running = torch.ones(rows, dtype=torch.bool, device=self.model.device)
-        position = attention_mask.sum(-1) - 1
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
-        }
-        cache, tokens, log_probs = None, [], []
-        for step in range(self.max_response_tokens):
-            out = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token, log_prob = self._choose(out.logits[:, -1], None if uniforms is None else uniforms[:, step])
-            tokens.append(token)
-            log_probs.append(log_prob)
-            running &= ~torch.isin(token, self.stop_ids)
-            if not running.any():
-                break
-            cache, position = out.past_key_values, position + 1
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(rows, 1)], dim=1)
-            inputs = {
-                "input_ids": token[:, None],
-                "attention_mask": attention_mask,
-                "position_ids": position[:, None],
-            }
-        if any(values.isnan().any() for values in log_probs):
+    def _sample_batch(
+        self, prompts: list[list[int]], seeds: list[list[int]] | None, lean: Decoder | None, progress: Report
+    ) -> list[Response]:
+        """A response to each prompt; `seeds` are one a response, None samples greedily."""
+        # A policy that runs in bfloat16 casts its weights in every forward pass. Autocast keeps them until the
+        # outermost of its contexts ends, even one that is disabled: so they are cast once a batch.
+        with torch.autocast(self.model.device.type, enabled=False):
+            tokens, log_probs = self._decode(prompts, self._uniforms(seeds), lean, progress)
+        if log_probs.isnan().any():
             raise RunStopped("the policy's probabilities are NaN: its weights have exploded; lower trainer.lr")
-        return self._cut(torch.stack(tokens, 1), torch.stack(log_probs, 1))
+        responses = self._cut(tokens, log_probs)
+        progress(len(responses), sum(len(response.token_ids) for response in responses))
+        return responses
+
+    def _decode(
+        self, prompts: list[list[int]], uniforms: Tensor | None, lean: Decoder | None, progress: Report
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities (B, T); what stands behind a row's first stop token means nothing."""
+        running, logits = _Running.start(self.model, lean, prompts, self.max_response_tokens)
+        shape = (self.max_response_tokens, len(prompts))
+        tokens = torch.zeros(shape, dtype=torch.long, device=logits.device)
+        log_probs = torch.zeros(shape, device=logits.device)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)
+        going, sampled = len(prompts), 0
+        for step in range(self.max_response_tokens):
+            uniform = None if uniforms is None else uniforms[step].index_select(0, running.rows)
+            token, log_prob = self._choose(logits, uniform)
+            tokens[step].index_copy_(0, running.rows, token)
+            log_probs[step].index_copy_(0, running.rows, log_prob)
+            ended |= torch.isin(token, self.stop_ids)
+            if (step + 1) % self.check_every == 0:
+                count = int(ended.sum())
+                sampled += self.check_every * going
+                going = len(ended) - count
+                if (step + 1) % REPORT_EVERY == 0:
+                    progress(len(prompts) - going, sampled)
+                if going == 0:
+                    break
+                if count > COMPACT_SHARE * len(ended):
+                    keep = survivors(ended)
+                    running.keep(keep)
+                    token, ended = token[keep], ended[keep]  # none of them ended
+            if step + 1 < self.max_response_tokens:
+                logits = running.forward(token)
+        return tokens[: step + 1].T, log_probs[: step + 1].T
+
+    def _uniforms(self, seeds: list[list[int]] | None) -> Tensor | None:
+        """Uniform numbers (max_response_tokens, B) in [0, 1), float64, each column from a generator of its own."""
+        if seeds is None:
+            return None
+        draws = [np.random.default_rng(seed).random(self.max_response_tokens) for seed in seeds]
+        return torch.from_numpy(np.stack(draws, axis=1)).to(self.model.device)
 
     def _choose(self, logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
         """A token (B,) and its log-probability (B,) from logits (B, V)."""
-        log_softmax = torch.log_softmax(logits.float() / self.temperature, dim=-1)
+        scaled = logits.float() / self.temperature
         if uniform is None:
-            token = log_softmax.argmax(-1)
-        else:
-            probabilities = log_softmax.exp() if self.top_p == 1 else nucleus(log_softmax.exp(), self.top_p)
-            token = invert_cdf(probabilities, uniform)
-        return token, log_softmax.gather(-1, token[:, None]).squeeze(-1)
+            log_prob, token = torch.log_softmax(scaled, dim=-1).max(-1)
+            return token, log_prob
+        probabilities = torch.softmax(scaled, dim=-1)
+        token = invert_cdf(probabilities if self.top_p == 1 else nucleus(probabilities, self.top_p), uniform)
+        # In place of a log-softmax of the whole vocabulary; a float32 probability has all its digits, however small.
+        return token, probabilities.gather(-1, token[:, None]).squeeze(-1).log()
 
     def _cut(self, tokens: Tensor, log_probs: Tensor) -> list[Response]:
         """End every row (B, T) behind its first stop token; what the batch made of it after that is dropped."""
@@ -113,18 +186,154 @@ class HFSampler:
         return [Response(ids[:length], values[:length], done) for ids, values, length, done in columns]
 
 
+@dataclass
+class _Running:
+    """The responses of a batch that have not ended."""
+
+    model: Any
+    lean: Decoder | None
+    """What takes the place of the model behind the prompts, where there is one."""
+    cache: Any
+    rows: Tensor
+    """(R,): the place in the batch of each."""
+    mask: Tensor | None
+    """(R, all tokens there may be), 0 at the left padding; None if there is none: then the model builds no mask."""
+    length: int
+    """Tokens in the cache, padding included."""
+    padding: Tensor | None
+    """(R, 1): to the left of each; None if there is none: then the model knows the positions by itself."""
+
+    @classmethod
+    def start(
+        cls, model: Any, lean: Decoder | None, prompts: list[list[int]], room: int
+    ) -> tuple["_Running", Tensor]:
+        """Put the prompts through the model, each once; also the logits (B, V) behind each.
+
+        `room` is the most tokens that a response will have.
+        """
+        unique = list(dict.fromkeys(map(tuple, prompts)))
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        source = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
+        input_ids, mask = left_pad([list(prompt) for prompt in unique], model.device)
+        length = input_ids.shape[1]
+        padded = any(len(prompt) < length for prompt in unique)
+        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if padded else {}
+        out = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **inputs)
+        spread(out.past_key_values, source, length + room)
+        rows = torch.arange(len(prompts), device=model.device)
+        running = cls(model, lean, out.past_key_values, rows, None, length, None)
+        if padded:
+            mask = mask[source]
+            running.padding = length - mask.sum(-1, keepdim=True)
+            running.mask = torch.cat([mask, mask.new_ones(len(prompts), room)], dim=1)
+        return running, out.logits[:, -1].index_select(0, source)
+
+    def forward(self, token: Tensor) -> Tensor:
+        """The logits (R, V) behind one more token (R,) of each response."""
+        if self.lean is not None:
+            return self._lean_forward(token, self.lean)
+        inputs = {}
+        if self.mask is not None and self.padding is not None:
+            inputs = {
+                "attention_mask": self.mask[:, : self.length + 1],
+                "position_ids": self.length - self.padding,
+            }
+        out = self.model(
+            input_ids=token[:, None], past_key_values=self.cache, use_cache=True, logits_to_keep=1, **inputs
+        )
+        self.cache = out.past_key_values
+        self.length += 1
+        return out.logits[:, -1]
+
+    def _lean_forward(self, token: Tensor, lean: Decoder) -> Tensor:
+        self.length += 1
+        if self.mask is None or self.padding is None:
+            return lean.step(token, self.cache, self.length - 1, None)
+        position = (self.length - 1 - self.padding).squeeze(-1)
+        return lean.step(token, self.cache, position, self.mask[:, None, None, : self.length].bool())
+
+    def keep(self, chosen: Tensor) -> None:
+        """Go on with the responses `chosen` alone, in that order."""
+        self.cache.reorder_cache(chosen)
+        self.rows = self.rows[chosen]
+        if self.mask is not None and self.padding is not None:
+            self.mask, self.padding = self.mask[chosen], self.padding[chosen]
+
+
+class _Tally:
+    """How far all batches of one `sample` have come, for `progress`."""
+
+    def __init__(self, progress: Report | None) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._finished = self._tokens = 0
+
+    def of_batch(self) -> Report:
+        """What a batch calls with how far it has come itself: (finished responses, tokens)."""
+        finished_before = tokens_before = 0
+
+        def report(finished: int, tokens: int) -> None:
+            nonlocal finished_before, tokens_before
+            if self._progress is None:
+                return
+            with self._lock:
+                self._finished += finished - finished_before
+                self._tokens += tokens - tokens_before
+                self._progress(self._finished, self._tokens)
+            finished_before, tokens_before = finished, tokens
+
+        return report
+
+
+def survivors(ended: Tensor) -> Tensor:
+    """The rows that have not `ended` (R,), the last of them in the places of those that have: few rows move."""
+    alive = (~ended).nonzero().squeeze(-1)
+    holes = ended[: len(alive)]
+    order = torch.arange(len(alive), device=ended.device)
+    order[holes] = alive[alive >= len(alive)]
+    return order
+
+
+def _forward_changes_model(model: Any) -> bool:
+    """Whether a forward pass writes to the model, as rotary embeddings do that fit themselves to the length.
+
+    Then two threads must not share it.
+    """
+    kinds = [module.rope_type for module in model.modules() if hasattr(module, "rope_type")]
+    names = chain(*(kind.values() if isinstance(kind, dict) else [kind] for kind in kinds))
+    return any("dynamic" in name or name == "longrope" for name in names)
+
+
 def invert_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The token (B,) at which the cumulative distribution of `probabilities` (B, V) passes `uniform` (B,) in [0, 1).
 
-    A token of probability 0 is never returned.
+    A token of probability 0 is never returned. A large vocabulary is searched by blocks, then within the block.
     """
-    cumulative = probabilities.double().cumsum(-1)
+    vocabulary = probabilities.shape[-1]
+    uniform = uniform.double()[:, None]
+    if vocabulary <= 4 * BLOCK:
+        cumulative = probabilities.double().cumsum(-1)
+        return _first_above(cumulative, uniform * cumulative[:, -1:]).squeeze(-1)
+    whole = vocabulary - vocabulary % BLOCK
+    sums = probabilities[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1, dtype=torch.float64)
+    rest = probabilities[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+    cumulative = torch.cat([sums, rest], dim=-1).cumsum(-1)
+    target = uniform * cumulative[:, -1:]
+    block = _first_above(cumulative, target)
+    before = functional.pad(cumulative, (1, 0)).gather(-1, block)
+    tokens = block * BLOCK + torch.arange(BLOCK, device=block.device)
+    inside = probabilities.gather(-1, tokens.clamp(max=vocabulary - 1)).double().masked_fill(tokens >= vocabulary, 0.0)
+    found = block * BLOCK + _first_above(inside.cumsum(-1), target - before)
+    return found.squeeze(-1).clamp(max=vocabulary - 1)
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
+    """The first column (B, 1) of `cumulative` (B, N) that is above `target` (B, 1)."""
     total = cumulative[:, -1:]
-    # The product may round up to the total, behind the last possible token.
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniform.double()[:, None] * total, below_total)
+    # The target may have been rounded up to the total, behind the last column of any weight.
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     # Only NaN reaches the clamp; it is reported once the batch is done.
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
