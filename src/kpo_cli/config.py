@@ -21,25 +21,95 @@ DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 ANSWER_STYLES = ("plain", "hash", "boxed")
-CORRECTIONS = ("none", "truncate", "mask")
+ENGINES = ("auto", "hf", "vllm")
+CORRECTIONS = ("auto", "none", "truncate", "mask")
+OLD_LOG_PROBS = ("auto", "trainer")
+OFFLOADS = ("none", "sampling", "always")
+ENGINE_OWN = (
+    *("model", "tokenizer", "skip_tokenizer_init", "dtype", "quantization", "load_format", "max_model_len", "seed"),
+    *("runner", "generation_config", "logprobs_mode", "enable_sleep_mode", "enable_chunked_prefill"),
+    *("tensor_parallel_size", "pipeline_parallel_size"),
+)
+"""Arguments of vllm.LLM that are not the user's: they decide what is sampled, and from which weights."""
 MAX_THREADS = 1024
 """More than any machine has cores; torch dies of a very large number."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Of a built-in policy with random weights: Qwen3's, over bytes."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    initializer_range: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _above(f"model.architecture.{name}", value, 0)
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        if heads % shared:
+            raise UserError(
+                f"model.architecture.num_attention_heads={heads} must be a multiple of "
+                f"model.architecture.num_key_value_heads={shared}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model.architecture.head_dim={self.head_dim} must be even: positions rotate pairs")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int
+    """0: none, every weight trains."""
+    alpha: float | None
+    targets: list[str] | str
+    merge_checkpoints: bool
+
+    def __post_init__(self) -> None:
+        _at_least("model.lora.rank", self.rank, 0)
+        if self.alpha is not None:
+            _above("model.lora.alpha", self.alpha, 0)
+        if self.targets in ("", []) or (isinstance(self.targets, str) and self.targets != "all-linear"):
+            raise UserError(
+                f"model.lora.targets={self.targets} must be all-linear or a list of layers, such as [q_proj,v_proj]"
+            )
+
+    @property
+    def scaled_alpha(self) -> float:
+        """What B A is multiplied with, times the rank."""
+        return 2 * self.rank if self.alpha is None else self.alpha
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     name: str
     path: str | None
+    architecture: Architecture | None
     chat_template: str
     chat_template_kwargs: dict[str, Any]
     dtype: str
     device: str
     gradient_checkpointing: bool
+    lora: LoraConfig
 
     def __post_init__(self) -> None:
         _label("model.name", self.name)
         if self.path is None and self.name == "hub":
             raise UserError("model=hub needs a model: give model.path=DIRECTORY or model.path=org/name")
+        if self.path is not None and self.architecture is not None:
+            raise UserError(
+                f"model.path={self.path} has weights of its own, but model={self.name} is built with random ones; "
+                f"leave model={self.name} out"
+            )
+        if self.lora.rank and self.architecture is not None:
+            raise UserError(
+                f"model.lora.rank={self.lora.rank} adapts a trained model, but model={self.name} begins with random "
+                f"weights; set model.lora.rank=0"
+            )
         _one_of("model.chat_template", self.chat_template, CHAT_TEMPLATES)
         _one_of("model.dtype", self.dtype, DTYPES)
         _one_of("model.device", self.device, DEVICES)
@@ -59,6 +129,7 @@ class DataConfig:
     subset: str | None
     split: str
     operators: int | None
+    max_operators: int | None
     limit: int | None
     heldout: int
     seed: int
@@ -75,6 +146,8 @@ class DataConfig:
         _one_of("data.answer_style", self.answer_style, ANSWER_STYLES)
         _pattern("data.problem_pattern", self.problem_pattern)
         _at_least("data.operators", self.operators, 1)
+        if self.max_operators is not None and self.max_operators < (self.operators or 1):
+            raise UserError(f"data.max_operators={self.max_operators} must be at least data.operators={self.operators}")
         _at_least("data.limit", self.limit, 1)
         _at_least("data.heldout", self.heldout, 1)
 
@@ -102,9 +175,11 @@ class RolloutConfig:
     batch_size: int
     correction: str
     correction_cap: float
+    engine: dict[str, Any] | None
 
     def __post_init__(self) -> None:
-        _one_of("rollout.name", self.name, ("hf",))
+        _one_of("rollout.name", self.name, ENGINES)
+        check_engine("rollout.engine", self.engine, self.name)
         _one_of("rollout.correction", self.correction, CORRECTIONS)
         _above("rollout.temperature", self.temperature, 0)
         _above("rollout.correction_cap", self.correction_cap, 1)
@@ -123,12 +198,34 @@ class PeriodicEvalConfig:
 
 
 @dataclass(frozen=True)
+class SupervisedConfig:
+    steps: int
+    batch_tokens: int
+    lr: float
+    warmup_steps: int
+    first_operators: int | None
+    step_noise: float
+    guess_fraction: float
+    checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        for key, bound in (("steps", 0), ("batch_tokens", 1), ("warmup_steps", 0), ("checkpoint_every", 0)):
+            _at_least(f"trainer.supervised.{key}", getattr(self, key), bound)
+        _above("trainer.supervised.lr", self.lr, 0)
+        _at_least("trainer.supervised.first_operators", self.first_operators, 1)
+        for key in ("step_noise", "guess_fraction"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"trainer.supervised.{key}={getattr(self, key)} must be from 0 to 1, a probability")
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     steps: int
     prompts_per_step: int
     group_size: int
     mini_batches: int
-    micro_batch: int
+    max_tokens_per_micro_batch: int | None
+    old_log_probs: str
     lr: float
     betas: tuple[float, float]
     weight_decay: float
@@ -148,20 +245,27 @@ class TrainerConfig:
     keep_checkpoints: int
     ratios_every: int
     threads: int | None
+    offload_optimizer: str
+    stop_after: float | None
+    supervised: SupervisedConfig
 
     def __post_init__(self) -> None:
-        for key in ("steps", "prompts_per_step", "mini_batches", "micro_batch"):
+        for key in ("steps", "prompts_per_step", "mini_batches", "max_tokens_per_micro_batch"):
             _at_least(f"trainer.{key}", getattr(self, key), 1)
         for key in ("warmup_steps", "eval_every", "checkpoint_every", "keep_checkpoints", "ratios_every"):
             _at_least(f"trainer.{key}", getattr(self, key), 0)
         _at_least("trainer.group_size", self.group_size, 2, "an advantage is relative to the group")
         _at_least("trainer.threads", self.threads, 1)
+        if self.stop_after is not None:
+            _above("trainer.stop_after", self.stop_after, 0)
         if self.threads is not None and self.threads > MAX_THREADS:
             raise UserError(f"trainer.threads={self.threads} must be at most {MAX_THREADS}")
         for key in ("lr", "max_grad_norm", "advantage_epsilon"):
             _above(f"trainer.{key}", getattr(self, key), 0)
         for key in ("weight_decay", "kl_coefficient", "entropy_bonus", "dynamic_sampling"):
             _at_least(f"trainer.{key}", getattr(self, key), 0)
+        _one_of("trainer.offload_optimizer", self.offload_optimizer, OFFLOADS)
+        _one_of("trainer.old_log_probs", self.old_log_probs, OLD_LOG_PROBS)
         _one_of("trainer.kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         if not 0 <= self.overlong_buffer < 1:
             raise UserError(f"trainer.overlong_buffer={self.overlong_buffer} must be at least 0 and below 1, a share")
@@ -191,6 +295,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0)
         _at_least("data.seed", self.data.seed, 0)
+        if self.trainer.supervised.steps:
+            _check_supervised(self)
+
+
+def _check_supervised(config: TrainConfig) -> None:
+    given = f"trainer.supervised.steps={config.trainer.supervised.steps}"
+    if config.data.path is not None:
+        raise UserError(
+            f"{given} needs worked examples, and data.path={config.data.path} has none; "
+            f"take data=arithmetic or data=long_arithmetic, or set trainer.supervised.steps=0"
+        )
+    if config.trainer.kl_coefficient:
+        raise UserError(
+            f"{given} and trainer.kl_coefficient={config.trainer.kl_coefficient} exclude each other: the reference "
+            f"would be the policy before the supervised phase; start from its checkpoint with model.path=CHECKPOINT"
+        )
 
 
 def train_config(raw: dict[str, Any]) -> TrainConfig:
@@ -332,6 +452,15 @@ def _convert_scalar(kind: type, value: Any, key: str) -> Any:
         shown = "null" if value is None else value
         raise UserError(f"{key}={shown} must be {names[kind]}")
     return value
+
+
+def check_engine(key: str, engine: dict[str, Any] | None, name: str) -> None:
+    """Further arguments of vllm.LLM: none without vLLM, and none that kpo sets by itself."""
+    if engine and name == "hf":
+        raise UserError(f"{key}={engine} is for vLLM, and transformers takes none of it; leave it out")
+    for argument in ENGINE_OWN:
+        if argument in (engine or {}):
+            raise UserError(f"{key}.{argument} is set by kpo; leave it out")
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:

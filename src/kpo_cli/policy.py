@@ -3,19 +3,32 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kpo_cli.builtin import POLICY_DIR
-from kpo_cli.config import ModelConfig
+from kpo_cli.config import Architecture, ModelConfig
 from kpo_cli.errors import UserError
+from kpo_cli.lora import (
+    MERGED,
+    adapted,
+    adapter_base,
+    add_adapters,
+    load_adapters,
+    save_adapters,
+    save_merged,
+    with_merged_adapters,
+)
+from kpo_cli.parallel import Workers
 from kpo_cli.runs import first_line, sha256_of
 
+RANDOM_WEIGHTS = 0
+"""Seed of random weights. Fixed: runs that differ in their seed start from the same ones."""
 SMALL_MODEL = 5_000_000
-"""Parameters below which one CPU thread is the safe choice: the matrices are too small to share."""
+"""Parameters below which threads share batches and not operations: the matrices are too small."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +38,24 @@ class Policy:
     tokenizer: Any
     stop_ids: tuple[int, ...]
     parameters: int
+    """Without adapters."""
     dtype: str
     """Of the forward pass."""
     identity: dict[str, Any]
     """Where the weights came from and their hash, for the manifest."""
+    merge_checkpoints: bool = False
+    """With LoRA, save the whole model beside the adapters."""
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer and weights: those of the model, or the adapters and, if asked for, the model in merged/."""
+        self.tokenizer.save_pretrained(folder)
+        if not adapted(self.model):
+            self.model.save_pretrained(folder)
+            return
+        save_adapters(self.model, folder)
+        if self.merge_checkpoints:
+            save_merged(self.model, folder / MERGED)
+            self.tokenizer.save_pretrained(folder / MERGED)
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of a response, without special tokens."""
@@ -41,18 +68,22 @@ def load_policy(config: ModelConfig, weights: Path | None = None) -> Policy:
     Raises UserError if it is not a model, or its tokenizer does not fit.
     """
     from huggingface_hub.utils import logging as hub_logging
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for every load and save would tear ours apart
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # an unreachable hub is one line of ours, not one for each retry
     path = model_source(config)
-    source = path if weights is None else str(weights)
+    source = path if weights is None or config.lora.rank else str(weights)
     with loading_errors(config):
-        AutoConfig.from_pretrained(source)  # first: AutoTokenizer stumbles over a model type that it does not know
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        AutoConfig.from_pretrained(base_of(source))  # first: AutoTokenizer stumbles over an unknown model type
+        has_tokenizer = (Path(source) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(source if has_tokenizer else base_of(source))
+        if config.architecture is not None and weights is None:
+            loaded: Any = random_model(config.architecture), {"missing_keys": []}
+        else:
+            loaded = _pretrained(source)
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers makes them up and goes on
         raise UserError(
@@ -69,11 +100,34 @@ def load_policy(config: ModelConfig, weights: Path | None = None) -> Policy:
             f"model.path={config.path}: its tokenizer has no chat template; set model.chat_template=none for plain text"
         )
     stop_ids = _stop_ids(tokenizer, model)
+    parameters = sum(p.numel() for p in model.parameters())
+    if config.lora.rank:
+        add_adapters(model, config.lora)
+        if weights is not None:
+            load_adapters(model, weights)
     device, half = choose_device(config)
     _prepare(model, tokenizer, stop_ids, config, device, half)
-    parameters = sum(p.numel() for p in model.parameters())
     dtype = "bfloat16" if half else "float32"
-    return Policy(model, tokenizer, stop_ids, parameters, dtype, model_identity(config, model))
+    identity = model_identity(config, model)
+    return Policy(model, tokenizer, stop_ids, parameters, dtype, identity, config.lora.merge_checkpoints)
+
+
+def _pretrained(source: str) -> tuple[Any, dict[str, Any]]:
+    """A model in float32 and how its loading went; a directory of adapters is their model with them merged."""
+    from transformers import AutoModelForCausalLM
+
+    base = adapter_base(source)
+    if base is None:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        return loaded
+    model, loading = _pretrained(base)
+    return with_merged_adapters(model, Path(source)), loading
+
+
+def base_of(source: str) -> str:
+    """The model below however many layers of adapters: `source` itself if it is no directory of adapters."""
+    base = adapter_base(source)
+    return source if base is None else base_of(base)
 
 
 def _prepare(
@@ -97,6 +151,26 @@ def _prepare(
         model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(model.forward)
 
 
+def random_model(architecture: Architecture) -> Any:
+    """A built-in decoder with random weights, the same ones each time; PyTorch's own generator stays where it is."""
+    from kpo_cli.builtin.warmup import build_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_WEIGHTS)
+        return build_model(architecture)
+
+
+def transformers_config(config: ModelConfig) -> Any:
+    """The model's configuration in transformers, without its weights."""
+    from transformers import AutoConfig
+
+    from kpo_cli.builtin.warmup import architecture_config
+
+    if config.architecture is not None:
+        return architecture_config(config.architecture)
+    return AutoConfig.from_pretrained(base_of(model_source(config)))
+
+
 def choose_device(config: ModelConfig) -> tuple[torch.device, bool]:
     """The device, and whether the forward pass runs in bfloat16."""
     cuda = torch.cuda.is_available()
@@ -109,15 +183,19 @@ def choose_device(config: ModelConfig) -> tuple[torch.device, bool]:
     return device, half
 
 
-def choose_threads(configured: int | None, parameters: int) -> int:
-    """CPU threads: as configured, else 1 for a small model and all that this process may use for a larger one."""
-    if configured is not None:
-        return configured
-    return 1 if parameters < SMALL_MODEL else len(os.sched_getaffinity(0))
+def share_threads(threads: int | None, parameters: int, device: torch.device) -> Workers:
+    """Set PyTorch's CPU threads and return workers for a model of that size; `threads` None: all that we may use.
+
+    A small model's operations are too short to be shared, so that its batches are, by workers of one thread each.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    small = device.type == "cpu" and parameters < SMALL_MODEL
+    torch.set_num_threads(1 if small else threads)
+    return Workers(threads if small else 1)
 
 
 def model_source(config: ModelConfig) -> str:
-    """A local directory, or a hub name as it stands."""
+    """A local directory, or a hub name as it stands. A built-in architecture has the built-in policy's tokenizer."""
     path = config.path
     if path is None:
         return str(POLICY_DIR)
@@ -125,7 +203,7 @@ def model_source(config: ModelConfig) -> str:
     if len(local.name) > 255:
         raise UserError(f"model.path={path[:60]}... is too long to be a path")
     if local.is_dir():
-        if not (local / "config.json").is_file():
+        if not (local / "config.json").is_file() and adapter_base(local) is None:
             raise UserError(f"model.path={path} is not a model: it has no config.json")
         return str(local)
     if local.exists() or path.count("/") != 1 or path.startswith((".", "~", "/")):
@@ -171,9 +249,13 @@ def _stop_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:
 
 def model_identity(config: ModelConfig, model: Any = None) -> dict[str, Any]:
     """Where the weights come from, and their hash or (for the hub, once loaded as `model`) their commit."""
+    if config.architecture is not None:
+        return {"built": asdict(config.architecture), "seed": RANDOM_WEIGHTS}
     path = model_source(config)
     if not Path(path).is_dir():
         return {"hub": path} | ({} if model is None else {"commit": getattr(model.config, "_commit_hash", None)})
     files = sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")])
     source = "built in" if Path(path) == POLICY_DIR else str(Path(path).resolve())
-    return {"path": source, "sha256": {file.name: sha256_of(file) for file in files}}
+    identity = {"path": source, "sha256": {file.name: sha256_of(file) for file in files}}
+    base = adapter_base(path)
+    return identity if base is None else {**identity, "base": model_identity(replace(config, path=base))}

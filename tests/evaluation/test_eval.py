@@ -190,7 +190,7 @@ def two_of_one_name(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (lambda t: ["benchmarks=[aime42]"], "aime42 does not exist; there are arithmetic, aime24"),
+        (lambda t: ["benchmarks=[aime42]"], "aime42 does not exist; there are arithmetic, long_arithmetic, aime24"),
         (lambda t: ["benchmarks=[]"], "names nothing to evaluate on"),
         (lambda t: ["benchmarks=[arithmetic,arithmetic]"], "names one of them twice"),
         (lambda t: two_of_one_name(t), "two benchmarks are called same"),

@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from kpo_cli.config import ModelConfig, convert
 from kpo_cli.hydra_app import conf_dir
 from kpo_cli.training.main import run
 
@@ -15,7 +16,7 @@ SMALL = [
     "trainer.prompts_per_step=4",
     "trainer.group_size=4",
     "trainer.mini_batches=2",
-    "trainer.micro_batch=3",
+    "trainer.max_tokens_per_micro_batch=100",
     "trainer.warmup_steps=1",
     "trainer.eval_every=2",
     "trainer.checkpoint_every=1",
@@ -32,6 +33,11 @@ def raw_config(*overrides):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("train", arguments)
     return {**OmegaConf.to_container(config, resolve=True), "overrides": list(overrides)}
+
+
+def model_config(*overrides):
+    """The `model` group as dataclass; the built-in policy unless overridden."""
+    return convert(ModelConfig, raw_config(*overrides)["model"], "model")
 
 
 def train(run_dir, *overrides):

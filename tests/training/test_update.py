@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
+from small_runs import model_config
 
-from kpo_cli.config import ModelConfig
 from kpo_cli.core import load_objective
+from kpo_cli.parallel import Workers
 from kpo_cli.policy import load_policy
 from kpo_cli.rollout import HFSampler
 from kpo_cli.training.batch import make_batch
-from kpo_cli.training.step import Updater, response_log_probs
+from kpo_cli.training.forward import Scorer, make_packable
+from kpo_cli.training.step import Updater
 
 PROMPTS = [b"8-6-9+7?", b"1+1?", b"3*3*3-2-2?", b"9-9?"]
 
@@ -18,7 +20,9 @@ PROMPTS = [b"8-6-9+7?", b"1+1?", b"3*3*3-2-2?", b"9-9?"]
 @pytest.fixture(scope="module")
 def policy():
     torch.set_num_threads(1)
-    return load_policy(ModelConfig("tiny", None, "auto", {}, "auto", "cpu", False))
+    loaded = load_policy(model_config("model.device=cpu"))
+    assert make_packable(loaded.model) is None
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +34,22 @@ def batch(policy):
     return make_batch(prompts, groups, torch.zeros(16), advantages)
 
 
-def updater(policy, method="kpo", **changes):
+def updater(policy, method="kpo", packed=True, **changes):
     model = copy.deepcopy(policy.model)
     settings = {
-        "model": model,
+        "scorer": Scorer(model, 0.8, packed=packed),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.05),
         "objective": load_objective(method, **({"time_constant": 5} if method.startswith("kpo") else {})),
-        "temperature": 0.8,
         "mini_batches": 2,
-        "micro_batch": 16,
+        "max_tokens": 10_000,
         "max_grad_norm": 1e9,
         "mask_truncated": False,
     }
     return Updater(**(settings | changes))
+
+
+def parameters(job):
+    return list(job.scorer.model.parameters())
 
 
 def test_rows_hold_what_was_sampled(policy, batch):
@@ -58,7 +65,7 @@ def test_rows_hold_what_was_sampled(policy, batch):
 
 
 def test_training_log_probs_are_the_samplers(policy, batch):
-    log_probs, entropy = response_log_probs(policy.model, batch, 0.8)
+    log_probs, entropy = Scorer(policy.model, 0.8, packed=True)(batch)
     gap = (log_probs - batch.rollout_log_probs).abs()[batch.response_mask]
     assert gap.max() < 1e-4
     assert (entropy[batch.response_mask] >= 0).all()
@@ -66,17 +73,70 @@ def test_training_log_probs_are_the_samplers(policy, batch):
 
 
 @pytest.mark.parametrize("method", ["kpo", "gspo", "token_clip"])
-def test_the_update_does_not_depend_on_the_micro_batch(policy, batch, method):
+def test_the_update_does_not_depend_on_micro_batches_packing_or_workers(policy, batch, method):
     whole = updater(policy, method)
     record = whole.update(batch)
-    for size in (1, 3, 5):
-        parts = updater(policy, method, micro_batch=size)
+    assert len(whole.scorer.split(batch, torch.arange(len(batch)), whole.max_tokens)) == 1
+    for changes in (
+        {"max_tokens": 1},
+        {"max_tokens": 100},
+        {"max_tokens": 100, "workers": Workers(2)},
+        {"max_tokens": 100, "packed": False},
+    ):
+        parts = updater(policy, method, **changes)
         other = parts.update(batch)
-        for one, two in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        for one, two in zip(parameters(whole), parameters(parts), strict=True):
             assert torch.allclose(one, two, atol=2e-6)
         assert torch.allclose(record.log_ratio, other.log_ratio, atol=1e-5)
         assert record.grad_norms == pytest.approx(other.grad_norms, rel=1e-3)
         assert record.sums.tokens == other.sums.tokens == int(batch.response_mask.sum())
+
+
+def test_the_number_of_workers_changes_no_bit(policy, batch):
+    alone, shared = (updater(policy, max_tokens=100, workers=Workers(count)) for count in (1, 3))
+    records = alone.update(batch), shared.update(batch)
+    assert all(torch.equal(one, two) for one, two in zip(parameters(alone), parameters(shared), strict=True))
+    assert torch.equal(records[0].log_ratio, records[1].log_ratio)
+    assert records[0].grad_norms == records[1].grad_norms
+    assert records[0].sums == records[1].sums
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(policy, batch, workers, monkeypatch):
+    expected = updater(policy)
+    expected.update(batch)
+    real = Scorer.__call__
+
+    def short_of_memory(self, part, *arguments, **keywords):
+        if int(part.response_mask.sum()) > 90:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, part, *arguments, **keywords)
+
+    monkeypatch.setattr(Scorer, "__call__", short_of_memory)
+    job = updater(policy, max_tokens=800, workers=Workers(workers))
+    record = job.update(batch)
+    assert job.max_tokens in (50, 100)
+    assert record.sums.tokens == int(batch.response_mask.sum())
+    for one, two in zip(parameters(expected), parameters(job), strict=True):
+        assert torch.allclose(one, two, atol=2e-6)
+
+
+def test_a_response_that_does_not_fit_by_itself_is_an_error(policy, batch, monkeypatch):
+    def no_memory(*arguments, **keywords):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Scorer, "__call__", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        updater(policy).update(batch)
+
+
+def test_the_samplers_log_probs_can_be_the_old_ones(policy, batch):
+    job = updater(policy, sampler_log_probs=True)
+    record = job.update(batch)
+    assert (record.log_ratio[:8] == 0).all()
+    assert torch.equal(record.old_log_probs[8:], torch.where(batch.response_mask, batch.rollout_log_probs, 0)[8:])
+    other = updater(policy)
+    assert torch.allclose(other.update(batch).log_ratio, record.log_ratio, atol=1e-4)
 
 
 def test_the_first_mini_batch_is_exactly_on_policy_and_the_second_is_not(policy, batch):
@@ -91,7 +151,7 @@ def test_the_first_mini_batch_is_exactly_on_policy_and_the_second_is_not(policy,
 
 def test_old_log_probs_are_those_before_the_first_update(policy, batch):
     record = updater(policy).update(batch)
-    log_probs, _ = response_log_probs(policy.model, batch, 0.8)
+    log_probs, _ = Scorer(policy.model, 0.8, packed=True)(batch)
     assert torch.allclose(record.old_log_probs, torch.where(batch.response_mask, log_probs, 0), atol=1e-5)
 
 
@@ -101,7 +161,7 @@ def test_truncated_responses_can_be_left_out(policy, batch):
     kept = batch.rows((~batch.truncated).nonzero().squeeze(-1))
     other = updater(policy, mini_batches=1)
     other.update(kept)
-    for one, two in zip(masked.model.parameters(), other.model.parameters(), strict=True):
+    for one, two in zip(masked.scorer.model.parameters(), other.scorer.model.parameters(), strict=True):
         assert torch.allclose(one, two, atol=2e-6)
     assert record.sums.tokens == int(kept.response_mask.sum())
 
@@ -109,7 +169,7 @@ def test_truncated_responses_can_be_left_out(policy, batch):
 def test_a_mini_batch_with_nothing_to_learn_from_changes_nothing(policy, batch):
     rows = batch.rows(batch.truncated.nonzero().squeeze(-1))
     job = updater(policy, mask_truncated=True, mini_batches=1)
-    before = copy.deepcopy(job.model.state_dict())
+    before = copy.deepcopy(job.scorer.model.state_dict())
     record = job.update(rows)
     assert record.sums.tokens == 0
-    assert all(torch.equal(before[name], value) for name, value in job.model.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in job.scorer.model.state_dict().items())

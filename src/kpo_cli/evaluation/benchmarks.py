@@ -12,6 +12,8 @@ from kpo_cli.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 ARITHMETIC = 200
+BUILTIN: dict[str, dict[str, int]] = {"arithmetic": {}, "long_arithmetic": {"operators": 60, "max_operators": 200}}
+"""The built-in task's benchmarks, with the lengths of their chains (conf/data)."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,18 @@ class Benchmark:
 
 
 def load_benchmark(name: str, known: dict[str, Any], data_dir: str | None, limit: int | None = None) -> Benchmark:
-    """A benchmark by its name in `known` (conf/benchmark), by a file's path, or `arithmetic`.
+    """A benchmark by its name in `known` (conf/benchmark), by a file's path, or in `BUILTIN`.
 
     Raises UserError for a name or file that does not exist, wrong fields, duplicates, or a wrong number of rows."""
-    if name == "arithmetic":
-        problems = arithmetic_problems("heldout", ARITHMETIC, seed=0)
+    if name in BUILTIN:
+        problems = arithmetic_problems("heldout", ARITHMETIC, seed=0, **BUILTIN[name])
         return Benchmark(name, problems[:limit], ARITHMETIC, has_instruction=False)
     if name in known:
         problems = _known(name, known, data_dir)
     elif Path(name).suffix.lower() in SUFFIXES:
         problems = _distinct(read_problems(data_config(name)), name)
     else:
-        names = ", ".join(["arithmetic", *known])
+        names = ", ".join([*BUILTIN, *known])
         raise UserError(
             f"benchmarks: {name} does not exist; there are {names}, or give a .jsonl, .json or .parquet file"
         )
@@ -112,6 +114,7 @@ def data_config(
         subset=subset,
         split=split,
         operators=None,
+        max_operators=None,
         limit=None,
         heldout=1,
         seed=0,

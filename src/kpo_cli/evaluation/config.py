@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kpo_cli.config import ENGINES, check_engine
 from kpo_cli.errors import UserError
 
 
@@ -16,6 +17,8 @@ class SamplingConfig:
     max_prompt_tokens: int
     limit: int | None
     batch_size: int
+    rollout: str
+    engine: dict[str, Any] | None
 
     def __post_init__(self) -> None:
         for key in ("n", "max_tokens", "max_prompt_tokens", "batch_size"):
@@ -25,6 +28,9 @@ class SamplingConfig:
             raise UserError(f"eval.limit={self.limit} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"eval.temperature={self.temperature} must be a finite number, at least 0")
+        if self.rollout not in ENGINES:
+            raise UserError(f"eval.rollout={self.rollout} must be one of: {', '.join(ENGINES)}")
+        check_engine("eval.engine", self.engine, self.rollout)
         if not 0 < self.top_p <= 1:
             raise UserError(f"eval.top_p={self.top_p} must be above 0 and at most 1")
         if self.temperature == 0 and self.n > 1:

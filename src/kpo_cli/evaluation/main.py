@@ -2,24 +2,29 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kpo_cli.config import convert
 from kpo_cli.data.prompts import Prompt
-from kpo_cli.errors import RunInterrupted, UserError
+from kpo_cli.errors import RunInterrupted, RunStopped, SamplingFailed, UserError
 from kpo_cli.evaluation import results as report
 from kpo_cli.evaluation.benchmarks import Benchmark, load_benchmarks
 from kpo_cli.evaluation.config import EvalConfig
 from kpo_cli.evaluation.samples import Key, Row, SampleFile, make_rows, read_rows, regraded
 from kpo_cli.evaluation.subject import Subject, find_subjects
-from kpo_cli.policy import Policy, choose_threads
-from kpo_cli.rollout import HFSampler
+from kpo_cli.parallel import Workers
+from kpo_cli.policy import Policy, share_threads
+from kpo_cli.rollout import HFSampler, Sampler, VLLMSampler
+from kpo_cli.rollout.check import RESPONSES, SamplerCheck, model_score
+from kpo_cli.rollout.engine import VLLMEngine, choose_engine, usable_vllm
+from kpo_cli.rollout.hf import Report
 from kpo_cli.runs import RunDir, check_new, finite, make_manifest, path_of, write_text
 
 
@@ -31,6 +36,7 @@ class Asked:
     """"checkpoint" or "vs"."""
     subject: Subject
     policy: Policy
+    workers: Workers
     prompts: dict[str, list[Prompt]]
     """By benchmark."""
 
@@ -57,6 +63,9 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
     if run_dir is None:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         run_dir = Path("outputs") / "eval" / f"{subjects['checkpoint'].label}-{digest}"
+    for item in asked:
+        if _engine_name(item, config) == "vllm":
+            usable_vllm(item.policy)
     with _open(run_dir, settings, asked) as out:
         samples = SampleFile(out.path / "samples.jsonl", config.eval.n)
         console.print(f"evaluation: {out.path}", markup=False)
@@ -65,8 +74,12 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
             console.print(f"first prompt of {item.subject.label}: {first.text!r}", markup=False)
         try:
             for item in asked:
-                for benchmark in benchmarks:
-                    _sample(item, benchmark, config, samples, console)
+                missing = [b for b in benchmarks if samples.missing((item.role, b.name), len(b.problems))]
+                with _engine(item, missing, config, console) as engine:
+                    for benchmark in benchmarks:
+                        _sample(item, benchmark, engine, config, samples, console)
+        except SamplingFailed as error:
+            raise RunStopped(f"{error}; the samples made are in {out.path}, the same command goes on") from error
         except KeyboardInterrupt:
             raise RunInterrupted(f"interrupted; the samples made are in {out.path}, the same command goes on") from None
         keys = {(item.role, b.name): b.problems for item in asked for b in benchmarks}
@@ -77,7 +90,7 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
 
 def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalConfig) -> Asked:
     policy = subject.load()
-    torch.set_num_threads(choose_threads(None, policy.parameters))
+    workers = share_threads(None, policy.parameters, policy.model.device)
     prompts = {}
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     for benchmark in benchmarks:
@@ -96,14 +109,15 @@ def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalC
                 f"lower eval.max_tokens to {max(1, context - longest)}"
             )
         prompts[benchmark.name] = built
-    return Asked(role, subject, policy, prompts)
+    return Asked(role, subject, policy, workers, prompts)
 
 
 def _settings(config: EvalConfig, asked: list[Asked], benchmarks: list[Benchmark]) -> dict[str, Any]:
     """Everything that the results depend on: equal settings continue or repeat one evaluation."""
     return {
         # The batch size changes no sample; an evaluation that ran out of memory goes on with a smaller one.
-        "sampling": {key: value for key, value in asdict(config.eval).items() if key != "batch_size"},
+        "sampling": {key: value for key, value in asdict(config.eval).items() if key not in ("batch_size", "engine")}
+        | {"rollout": _engine_name(asked[0], config)},
         "seed": config.seed,
         "grader": _grader(),
         **{
@@ -143,26 +157,77 @@ def _open(path: Path, settings: dict[str, Any], asked: list[Asked]) -> RunDir:
     return out
 
 
-def _sample(item: Asked, benchmark: Benchmark, config: EvalConfig, samples: SampleFile, console: Console) -> None:
+def _engine_name(item: Asked, config: EvalConfig) -> str:
+    return choose_engine(config.eval.rollout, item.policy.model.device)
+
+
+@contextmanager
+def _engine(
+    item: Asked, benchmarks: list[Benchmark], config: EvalConfig, console: Console
+) -> Iterator[VLLMEngine | None]:
+    """The engine for a policy on `benchmarks`, tried on a few prompts; None without any, or with transformers."""
+    if not benchmarks or _engine_name(item, config) != "vllm":
+        yield None
+        return
+    prompts = [prompt.token_ids for benchmark in benchmarks for prompt in item.prompts[benchmark.name]]
+    longest = max(map(len, prompts)) + config.eval.max_tokens
+    engine = VLLMEngine(item.policy, max_length=longest, options=config.eval.engine or {})
+    for note in engine.notes:
+        console.print(note, markup=False)
+    try:
+        check = SamplerCheck(model_score(item.policy.model, 1.0), item.policy.dtype == "bfloat16")
+        sampler = VLLMSampler(engine, stop_ids=item.policy.stop_ids, temperature=1.0, max_response_tokens=32)
+        first = prompts[:RESPONSES]
+        check(first, sampler.sample(first, 1, (config.seed,)))
+        yield engine
+    finally:
+        engine.close()
+
+
+def _sampler(item: Asked, engine: VLLMEngine | None, config: EvalConfig, progress: Report) -> Sampler:
+    temperature = config.eval.temperature or 1.0
+    if engine is not None:
+        return VLLMSampler(
+            engine,
+            stop_ids=item.policy.stop_ids,
+            temperature=temperature,
+            max_response_tokens=config.eval.max_tokens,
+            top_p=config.eval.top_p,
+            progress=progress,
+        )
+    return HFSampler(
+        item.policy.model,
+        stop_ids=item.policy.stop_ids,
+        temperature=temperature,
+        max_response_tokens=config.eval.max_tokens,
+        batch_size=config.eval.batch_size,
+        top_p=config.eval.top_p,
+        workers=item.workers,
+        progress=progress,
+    )
+
+
+def _sample(
+    item: Asked,
+    benchmark: Benchmark,
+    engine: VLLMEngine | None,
+    config: EvalConfig,
+    samples: SampleFile,
+    console: Console,
+) -> None:
     """Make and grade the samples that are not there yet, some problems at a time."""
     key: Key = (item.role, benchmark.name)
     prompts, n = item.prompts[benchmark.name], config.eval.n
     missing = samples.missing(key, len(prompts))
     greedy = config.eval.temperature == 0
-    sampler = HFSampler(
-        item.policy.model,
-        stop_ids=item.policy.stop_ids,
-        temperature=config.eval.temperature or 1.0,
-        max_response_tokens=config.eval.max_tokens,
-        batch_size=config.eval.batch_size,
-        top_p=config.eval.top_p,
-    )
-    step = max(1, config.eval.batch_size // n)
+    # An engine fills the place of each response that ends; it idles only at the end of what it was given.
+    step = max(1, config.eval.batch_size * (1 if engine is None else 4) // n)
     # A benchmark's samples do not change with the other benchmarks beside it.
     seed = (config.seed, int.from_bytes(hashlib.sha256(benchmark.name.encode()).digest()[:4], "big"))
     with _progress(console) as progress:
         done = (len(prompts) - len(missing)) * n
         task = progress.add_task(f"{item.subject.label} on {benchmark.name}", total=len(prompts) * n, completed=done)
+        sampler = _sampler(item, engine, config, lambda finished, _: progress.update(task, completed=done + finished))
         for start in range(0, len(missing), step):
             places = missing[start : start + step]
             ids = [prompts[place].token_ids for place in places]
@@ -170,7 +235,8 @@ def _sample(item: Asked, benchmark: Benchmark, config: EvalConfig, samples: Samp
             texts = [[item.policy.decode(response.token_ids) for response in group] for group in groups]
             problems = [benchmark.problems[place] for place in places]
             samples.append(key, make_rows(key, places, problems, texts, groups))
-            progress.update(task, advance=len(places) * n)
+            done += len(places) * n
+            progress.update(task, completed=done)
     console.print(f"{item.subject.label} on {benchmark.name}: {len(prompts)} problems x {n} samples", markup=False)
 
 

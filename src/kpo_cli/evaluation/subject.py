@@ -13,6 +13,7 @@ from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import data_config
 from kpo_cli.evaluation.config import EvalConfig
+from kpo_cli.lora import MERGED
 from kpo_cli.policy import Policy, load_policy
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -70,6 +71,9 @@ def _locate(name: str) -> tuple[str, str | None, Path | None]:
         if checkpoint is None:
             raise UserError(f"{name} is a run without a checkpoint; let it train, or evaluate checkpoint=builtin")
         return f"{_label(path)}-{checkpoint.name}", str(checkpoint), path
+    if path.name == MERGED:  # beside the adapters of a checkpoint
+        label, _, run_of_both = _locate(str(path.parent))
+        return f"{label}-{MERGED}", str(path), run_of_both
     run = path.parent.parent
     if path.parent.name == "checkpoints" and (run / "config.yaml").is_file():
         return f"{_label(run)}-{path.name}", str(path), run
@@ -93,11 +97,13 @@ def _subject(label: str, path: str | None, prompting: Prompting, config: EvalCon
     raw = {
         "name": "tiny" if path is None else "hub",
         "path": path,
+        "architecture": None,
         "chat_template": prompting.chat_template,
         "chat_template_kwargs": prompting.chat_template_kwargs,
         "dtype": config.dtype,
         "device": config.device,
         "gradient_checkpointing": False,
+        "lora": {"rank": 0, "alpha": None, "targets": "all-linear", "merge_checkpoints": False},
     }
     return Subject(label, path, convert(ModelConfig, raw), prompting.system_prompt, prompting.instruction)
 

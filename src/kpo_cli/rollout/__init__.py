@@ -5,8 +5,9 @@ from typing import Protocol
 
 from kpo_cli.rollout.hf import HFSampler
 from kpo_cli.rollout.response import Response
+from kpo_cli.rollout.vllm import VLLMSampler
 
-__all__ = ["HFSampler", "Response", "Sampler"]
+__all__ = ["HFSampler", "Response", "Sampler", "VLLMSampler"]
 
 
 class Sampler(Protocol):
@@ -24,3 +25,9 @@ class Sampler(Protocol):
         The random numbers of a response depend on `seed`, the prompt's place (`places`, or its index) and the
         sample's number alone, not on what is sampled beside it. `greedy` takes the most likely token each time.
         """
+
+    def refresh(self) -> None:
+        """Take over the model's present weights: to be called before sampling whenever they may have changed."""
+
+    def release(self) -> None:
+        """Give the device what memory can be given until the next `refresh`, for an update of the weights."""

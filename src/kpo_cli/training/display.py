@@ -1,5 +1,6 @@
 """What a run shows: a progress bar on a terminal, plain lines elsewhere."""
 
+import time
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,9 @@ from rich.table import Table
 from kpo_cli.core import kalman_meaning
 from kpo_cli.evaluation.statistics import wilson
 
+SILENCE = 60.0
+"""Seconds without a line, after which a long sampling phase says where it is."""
+
 
 class Display:
     def __init__(self, steps: int, console: Console | None = None) -> None:
@@ -25,9 +29,13 @@ class Display:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._accuracy = ""
+        self._line = ""
+        self._phase = "starting"
+        self._spoke = time.monotonic()
         self._warned: set[str] = set()
 
     def say(self, line: str) -> None:
+        self._spoke = time.monotonic()
         self.console.print(line, markup=False)
 
     def warn_once(self, line: str) -> None:
@@ -57,8 +65,28 @@ class Display:
 
     def phase(self, name: str) -> None:
         """What is being done right now; shown until the first step has ended."""
-        if self._progress is not None and self._task is not None and not self._accuracy:
-            self._progress.update(self._task, description=name)
+        self._phase = name
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=self._line or name)
+
+    def sampled(self, finished: int, tokens: int) -> None:
+        """How far the sampler has come with what it was asked for: always on a terminal, once a minute elsewhere."""
+        line = f"{finished:,} responses done, {tokens:,} tokens"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=f"{self._line or self._phase}  {line}")
+        elif time.monotonic() - self._spoke > SILENCE:
+            self.say(f"{self._phase}: {line}")
+
+    def supervised(self, metrics: dict[str, Any], steps: int) -> None:
+        """A step of the supervised phase: all of them on a terminal, one in twenty elsewhere."""
+        step = metrics["step"]
+        line = (
+            f"loss {metrics['loss']:.3f}  length {metrics['response_length_mean']:.0f}  "
+            f"{metrics['tokens_per_second']:,.0f} tok/s"
+        )
+        self.phase(f"supervised {step}/{steps}  {line}")
+        if step == 1 or step == steps or step % max(1, steps // 20) == 0:
+            self.say(f"supervised {step:>5}  {line}  {metrics['time_step']:.1f} s")
 
     def evaluated(self, step: int, metrics: dict[str, Any]) -> None:
         self._accuracy = f"accuracy {metrics['accuracy_greedy']:.2f}"
@@ -75,7 +103,8 @@ class Display:
             f"{metrics['tokens_per_second']:,.0f} tok/s"
         )
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=metrics["step"], description=f"{line}  {self._accuracy}")
+            self._line = f"{line}  {self._accuracy}"
+            self._progress.update(self._task, completed=metrics["step"], description=self._line)
         else:
             self.say(f"step {metrics['step']:>4}  {line}  {metrics['time_step']:.1f} s")
         if "accuracy_greedy" in metrics:

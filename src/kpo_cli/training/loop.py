@@ -7,12 +7,10 @@
 It departs from textbook GRPO in one way only: which objective is used is a matter of configuration.
 """
 
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FrameType
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,18 +20,22 @@ from kpo_cli.config import TrainConfig
 from kpo_cli.core import group_normalised
 from kpo_cli.core.filters import AdaptiveFilter
 from kpo_cli.data.prompts import Prompt
-from kpo_cli.errors import RunInterrupted, RunStopped
+from kpo_cli.errors import RunStopped, SamplingFailed
 from kpo_cli.evaluation import evaluate_heldout
 from kpo_cli.policy import Policy, model_source
 from kpo_cli.rewards import Verdict, grade_batch
 from kpo_cli.rollout import Response, Sampler
+from kpo_cli.rollout.check import SamplerCheck
 from kpo_cli.runs import RunDir
 from kpo_cli.training.batch import Batch, make_batch
 from kpo_cli.training.display import Display
 from kpo_cli.training.memory import LESS_MEMORY
+from kpo_cli.training.optimizer import off_device
 from kpo_cli.training.records import write_ratios
 from kpo_cli.training.state import Progress, save_checkpoint
 from kpo_cli.training.step import Updater, UpdateRecord
+from kpo_cli.training.stopping import Stop
+from kpo_cli.training.supervised import Demonstrations, supervise
 
 # Purposes of random numbers: the first entry of a seed after the run's own.
 SHUFFLE, ROLLOUT, EVALUATION = 0, 1, 2
@@ -46,7 +48,11 @@ class Training:
     config: TrainConfig
     policy: Policy
     sampler: Sampler
+    check: SamplerCheck | None
+    """Of what a sampling engine serves; None where the sampler uses the training weights themselves."""
     updater: Updater
+    demonstrations: Demonstrations
+    """For the supervised phase, where there is one."""
     train: list[Prompt]
     heldout: list[Prompt]
     benchmarks: dict[str, list[Prompt]]
@@ -58,30 +64,55 @@ class Training:
 def train(job: Training, run: RunDir, progress: Progress, display: Display) -> None:
     """Train from `progress` to the configured number of steps, writing to the run directory as it goes."""
     config = job.config.trainer
+    stop = Stop(config.stop_after)
+    job.sampler.release()
+    with stop:
+        supervise(job.demonstrations, job.updater, run, progress, display, stop, lambda: _save(job, run, progress))
     if progress.step == 0:
         clock = Clock()
         run.append_metrics({"step": 0, **_evaluate(job, run, 0, clock), **clock.times()})
         display.evaluated(0, run.metrics()[-1])
-    with _stop_signals() as stop:
+    with stop:
         while progress.step < config.steps:
-            metrics, batch, record = _step(job, progress, display)
+            before = replace(progress)
+            try:
+                metrics, batch, record = _step(job, progress, display)
+            except SamplingFailed as error:
+                if before.step and not (run.path / "checkpoints" / before.label).exists():
+                    _save(job, run, before)
+                raise _stopped(f"step {before.step + 1}: {error}", run) from error
             step = progress.step
-            last = step == config.steps
+            last, stopping = step == config.steps, bool(stop)  # looked at once: time goes on
             clock = Clock()
             if last or _due(step, config.eval_every):
-                metrics |= _evaluate(job, run, step, clock)
+                display.phase("evaluating")
+                try:
+                    metrics |= _evaluate(job, run, step, clock)
+                except SamplingFailed as error:
+                    if not last:  # a last step without its evaluation would not be done again
+                        run.append_metrics(metrics)
+                        _save(job, run, progress)
+                    raise _stopped(f"evaluation after step {step}: {error}", run) from error
                 metrics |= clock.times()
             run.append_metrics(metrics)
             display.stepped(metrics)
             if _due(step, config.ratios_every):
                 write_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
-            if last or stop or _due(step, config.checkpoint_every):
-                # For readers of the checkpoint alone; a resumed run has the same two numbers in its config.yaml.
-                schedule = {"lr": config.lr, "warmup_steps": config.warmup_steps}
-                optimizer = job.updater.optimizer
-                save_checkpoint(run.path, job.policy, optimizer, progress, schedule, config.keep_checkpoints)
-            if stop and not last:
-                raise RunInterrupted(f"stopped after step {step}; go on with: kpo train resume={run.path}")
+            if last or stopping or _due(step, config.checkpoint_every):
+                _save(job, run, progress)
+            if stopping and not last:
+                stop.leave(f"step {step}", run.path)
+
+
+def _save(job: Training, run: RunDir, progress: Progress) -> None:
+    config = job.config.trainer
+    # For readers of the checkpoint alone; a resumed run has the same two numbers in its config.yaml.
+    schedule = {"lr": config.lr, "warmup_steps": config.warmup_steps}
+    save_checkpoint(run.path, job.policy, job.updater.optimizer, progress, schedule, config.keep_checkpoints)
+
+
+def _stopped(line: str, run: RunDir) -> RunStopped:
+    return RunStopped(f"{line}; what there is is saved, go on with: kpo train resume={run.path}")
 
 
 def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str, Any], Batch, UpdateRecord]:
@@ -100,12 +131,15 @@ def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str
         for parameters in job.updater.optimizer.param_groups:
             parameters["lr"] = lr
         try:
-            record = job.updater.update(batch)
+            before, record = job.updater.max_tokens, job.updater.update(batch)
         except RunStopped as error:
             raise RunStopped(f"step {step}: {error}") from None
         except torch.OutOfMemoryError:
             raise RunStopped(f"step {step}: out of memory; {LESS_MEMORY}") from None
         filter_metrics = _refit(job, progress, batch, record, display)
+    if job.updater.max_tokens < before:
+        progress.max_tokens = job.updater.max_tokens
+        display.say(f"out of memory: micro-batches have at most {progress.max_tokens} tokens from here on")
     progress.step = step
     metrics = {"step": step, "epoch": progress.data_cursor / len(job.train), "lr": lr}
     metrics |= {**_metrics(batch, record), **sampling_metrics, **filter_metrics}
@@ -136,6 +170,7 @@ def _sample(job: Training, progress: Progress, clock: "Clock", display: Display)
     """
     config, step = job.config.trainer, progress.step + 1
     pool: list[Group] = []
+    gaps: dict[str, float] = {}
     failures, rollouts = 0, 0
     while rollouts < max(1, config.dynamic_sampling):
         prompts = [job.train[i] for i in _next_prompts(job, progress)]
@@ -144,7 +179,10 @@ def _sample(job: Training, progress: Progress, clock: "Clock", display: Display)
             ids = [prompt.token_ids for prompt in prompts]
             seed = (job.config.seed, ROLLOUT, step, rollouts)
             try:
-                responses = job.sampler.sample(ids, config.group_size, seed)
+                with _sampling(job):
+                    responses = job.sampler.sample(ids, config.group_size, seed)
+                if job.check is not None:
+                    gaps = job.check(ids, responses)
             except torch.OutOfMemoryError:
                 raise RunStopped(f"step {step}: out of memory while sampling; {LESS_MEMORY}") from None
         display.phase("grading")
@@ -156,10 +194,19 @@ def _sample(job: Training, progress: Progress, clock: "Clock", display: Display)
         rollouts += 1
         if sum(not group.flat for group in pool) >= config.prompts_per_step:
             break
-    metrics = _sampling_metrics(pool) | {"grader_failures": failures, "rollouts": rollouts}
+    metrics = _sampling_metrics(pool) | {"grader_failures": failures, "rollouts": rollouts, **gaps}
     if rollouts > 1:  # the sort is stable: within each kind the order of sampling stays
         pool = sorted(pool, key=lambda group: group.flat)[: config.prompts_per_step]
     return pool, metrics
+
+
+@contextmanager
+def _sampling(job: Training) -> Iterator[None]:
+    """Within the block the sampler has the present weights and the device's memory."""
+    with off_device(job.updater.optimizer, job.config.trainer.offload_optimizer == "sampling"):
+        job.sampler.refresh()
+        yield
+        job.sampler.release()
 
 
 def _sampling_metrics(pool: list[Group]) -> dict[str, Any]:
@@ -228,7 +275,7 @@ def _grade(job: Training, prompts: list[Prompt], responses: list[list[Response]]
 def _evaluate(job: Training, run: RunDir, step: int, clock: "Clock") -> dict[str, float]:
     """Held-out problems, and the benchmarks of trainer.eval with their name behind each metric."""
     seed = (job.config.seed, EVALUATION)
-    with clock("eval"):
+    with clock("eval"), _sampling(job):
         result = evaluate_heldout(job.sampler, job.policy.decode, job.heldout, seed)
         run.write_rows(f"evals/step-{step:06d}.jsonl", result.samples)
         metrics = result.metrics()
@@ -281,21 +328,3 @@ class Clock:
     def times(self) -> dict[str, float]:
         times = {f"time_{phase}": seconds for phase, seconds in self.spent.items()}
         return times if "eval" in self.spent else {**times, "time_step": time.perf_counter() - self.started}
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that is filled by the first Ctrl-C or SIGTERM, so that the step can end well; the second one is final."""
-    caught: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

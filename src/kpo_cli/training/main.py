@@ -25,24 +25,37 @@ from kpo_cli.data.load import ProblemSets, load_problems
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import load_benchmarks
+from kpo_cli.lora import halve_frozen_layers, without_adapters
 from kpo_cli.policy import (
     Policy,
     choose_device,
-    choose_threads,
     load_policy,
     loading_errors,
     model_identity,
-    model_source,
+    share_threads,
+    transformers_config,
 )
-from kpo_cli.rollout import HFSampler
+from kpo_cli.rollout.engine import choose_engine
 from kpo_cli.runs import RunDir, check_new, default_run_dir, make_manifest, path_of
 from kpo_cli.training.display import Display, describe_filter, result_table
+from kpo_cli.training.forward import Scorer, make_packable
 from kpo_cli.training.loop import Training, train
-from kpo_cli.training.memory import check_memory, plan_memory
+from kpo_cli.training.memory import check_memory, max_tokens, plan_memory
+from kpo_cli.training.optimizer import make_optimizer
+from kpo_cli.training.sampler import make_sampler
 from kpo_cli.training.state import Progress, restore
 from kpo_cli.training.step import Updater
+from kpo_cli.training.supervised import Demonstrations
 
-MAY_CHANGE = ("steps", "eval_every", "checkpoint_every", "keep_checkpoints", "ratios_every")
+MAY_CHANGE = (
+    "steps",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "ratios_every",
+    "stop_after",
+    "offload_optimizer",
+)
 """Trainer keys that a resumed run may change: they do not touch the weights of a step."""
 
 
@@ -59,18 +72,20 @@ def run(raw: dict[str, Any]) -> None:
 def _start(config: TrainConfig, run_dir: Path | None, overrides: list[str]) -> None:
     if run_dir is not None:
         check_new(run_dir)
+    config = _with_engine(config)
     objective = make_objective(config)
     problems = load_problems(config.data)
     notes = _check_fit(config)
     policy = load_policy(config.model)
     config = _complete(config, policy)
-    job, more_notes = _assemble(config, objective, problems, policy)
+    display = Display(config.trainer.steps)
+    job, more_notes = _assemble(config, objective, problems, policy, display)
     notes = more_notes + notes
     if run_dir is None:
         label = f"{config.method.name}-{model_label(config.model)}-{data_label(config.data)}-s{config.seed}"
         run_dir = default_run_dir(label)
     with RunDir.create(run_dir, as_dict(config), _manifest(job, problems)) as run:
-        _run(job, run, Progress(), notes, overrides)
+        _run(job, run, _beginning(config), display, notes, overrides)
 
 
 def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
@@ -87,19 +102,26 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
             if not same:
                 raise UserError(f"{what} has changed since {path} began; put it back or start a new run")
         policy = load_policy(config.model, checkpoint)
-        job, notes = _assemble(config, objective, problems, policy)
-        progress = Progress() if checkpoint is None else restore(checkpoint, job.updater.optimizer)
+        display = Display(config.trainer.steps)
+        job, notes = _assemble(config, objective, problems, policy, display)
+        progress = _beginning(config) if checkpoint is None else restore(checkpoint, job.updater.optimizer)
         if progress.filter_sums is not None:
             job.updater.refit(torch.tensor(progress.filter_sums, dtype=torch.float64))
+        if progress.max_tokens is not None:
+            job.updater.max_tokens = progress.max_tokens
         last = config.trainer.steps
         if progress.step > last:
             raise UserError(f"{path} is at step {progress.step} already; trainer.steps={last} lies behind it")
         if progress.step == last and (path / "summary.json").is_file():
             raise UserError(f"{path} is finished at step {last}; give a larger trainer.steps= to go on")
         run.write_config(as_dict(config))
-        run.cut_after(progress.step if checkpoint else -1)
+        run.cut_after(progress.step or -1, progress.supervised_step)  # the evaluation at step 0 is made again
         notes += [f"warning: {line}; using an older one" for line in damaged]
-        _run(job, run, progress, [*notes, f"resuming after step {progress.step}"], None)
+        _run(job, run, progress, display, [*notes, f"resuming after {progress.label}"], None)
+
+
+def _beginning(config: TrainConfig) -> Progress:
+    return Progress(supervised_step=0 if config.trainer.supervised.steps else None)
 
 
 def _changed_config(stored: dict[str, Any], raw: dict[str, Any], overrides: list[str]) -> TrainConfig:
@@ -145,17 +167,25 @@ def make_objective(config: TrainConfig) -> Objective:
 
 
 def _correction(rollout: RolloutConfig) -> TruncatedImportance | MaskedImportance | None:
-    cap = rollout.correction_cap
+    cap, kind = rollout.correction_cap, rollout.correction
+    if kind == "auto":
+        kind = "truncate" if rollout.name == "vllm" else "none"
     made = {"none": None, "truncate": TruncatedImportance(cap), "mask": MaskedImportance(1 / cap, cap)}
-    return made[rollout.correction]
+    return made[kind]
+
+
+def _with_engine(config: TrainConfig) -> TrainConfig:
+    """The configuration with rollout=auto resolved, so that the stored one names the engine."""
+    device, _ = choose_device(config.model)
+    name = choose_engine(config.rollout.name, device)
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, name=name))
 
 
 def _check_fit(config: TrainConfig) -> list[str]:
     """Compare what the run needs with what there is, before the weights are loaded."""
     device, half = choose_device(config.model)
-    source = model_source(config.model)
     with loading_errors(config.model):
-        plan = plan_memory(config, source, device, half)
+        plan = plan_memory(config, transformers_config(config.model), device, half)
     warning = check_memory(plan)
     return [plan.describe(), *([f"warning: {warning}"] if warning else [])]
 
@@ -176,7 +206,7 @@ def _complete(config: TrainConfig, policy: Policy) -> TrainConfig:
     def absolute(path: str | None) -> str | None:
         return path if path is None or not os.path.exists(os.path.expanduser(path)) else str(_expanded(path))
 
-    threads = choose_threads(config.trainer.threads, policy.parameters)
+    threads = config.trainer.threads or len(os.sched_getaffinity(0))
     evaluation = PeriodicEvalConfig(
         [absolute(name) or name for name in config.trainer.eval.benchmarks], absolute(config.trainer.eval.data_dir)
     )
@@ -193,11 +223,11 @@ def _expanded(path: str) -> Path:
 
 
 def _assemble(
-    config: TrainConfig, objective: Objective, problems: ProblemSets, policy: Policy
+    config: TrainConfig, objective: Objective, problems: ProblemSets, policy: Policy, display: Display
 ) -> tuple[Training, list[str]]:
     """All live objects of a run, and what the user should know about them."""
     trainer, rollout = config.trainer, config.rollout
-    torch.set_num_threads(trainer.threads or 1)
+    workers = share_threads(trainer.threads, policy.parameters, policy.model.device)
     _check_context(config, policy)
     builder = PromptBuilder(policy.tokenizer, config.model, config.data)
     train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
@@ -216,30 +246,51 @@ def _assemble(
             f"trainer.prompts_per_step={trainer.prompts_per_step} but there are only {len(train_prompts)} training "
             f"problems; lower it"
         )
-    sampler = HFSampler(
-        policy.model,
-        stop_ids=policy.stop_ids,
-        temperature=rollout.temperature,
-        max_response_tokens=rollout.max_response_tokens,
-        batch_size=rollout.batch_size,
-    )
-    optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=trainer.lr, betas=trainer.betas, weight_decay=trainer.weight_decay
-    )
+    scorer, note = _scorer(policy, rollout.temperature)
     updater = Updater(
-        model=policy.model,
-        optimizer=optimizer,
+        scorer=scorer,
+        optimizer=make_optimizer(policy.model, trainer),
         objective=objective,
-        temperature=rollout.temperature,
         mini_batches=trainer.mini_batches,
-        micro_batch=trainer.micro_batch,
+        max_tokens=trainer.max_tokens_per_micro_batch or max_tokens(policy.parameters, policy.model.device),
         max_grad_norm=trainer.max_grad_norm,
         mask_truncated=trainer.mask_truncated,
-        # The policy at the start of the run, whatever checkpoint this one goes on from.
-        reference=load_policy(config.model).model.requires_grad_(False) if trainer.kl_coefficient else None,
+        sampler_log_probs=trainer.old_log_probs == "auto" and rollout.name == "hf" and policy.dtype == "float32",
+        reference=_reference(config, scorer),
+        workers=workers,
     )
-    job = Training(config, policy, sampler, updater, train_prompts, heldout, benchmarks, builder.templated)
-    return job, _notes(job, problems.overlap, problems.duplicates, dropped + heldout_dropped)
+    demonstrations = Demonstrations(config, builder, policy)
+    if trainer.supervised.steps:
+        demonstrations.check()
+    # Last: on a GPU the engine takes its share of what everything else has left.
+    ids = [prompt.token_ids for prompt in train_prompts]
+    sampler, check, engine_notes = make_sampler(config, policy, scorer, ids, workers, display.sampled)
+    job = Training(
+        config, policy, sampler, check, updater, demonstrations, train_prompts, heldout, benchmarks, builder.templated
+    )
+    notes = _notes(job, problems.overlap, problems.duplicates, dropped + heldout_dropped)
+    return job, [*note, *engine_notes, *notes]
+
+
+def _scorer(policy: Policy, temperature: float) -> tuple[Scorer, list[str]]:
+    """What computes log-probabilities, and a note if it has to pad."""
+    reason = make_packable(policy.model)
+    if policy.dtype == "bfloat16":
+        halve_frozen_layers(policy.model)
+    note = [] if reason is None else [f"note: this model's forward passes are padded, not packed: {reason}"]
+    return Scorer(policy.model, temperature, policy.dtype == "bfloat16", packed=reason is None), note
+
+
+def _reference(config: TrainConfig, scorer: Scorer) -> Scorer | None:
+    """The policy at the start of the run, whatever checkpoint this one goes on from; None without a KL to it."""
+    if not config.trainer.kl_coefficient:
+        return None
+    if config.model.lora.rank:
+        return dataclasses.replace(scorer, model=without_adapters(scorer.model))
+    model = load_policy(config.model).model.requires_grad_(False)
+    if scorer.packed:
+        make_packable(model)
+    return dataclasses.replace(scorer, model=model)
 
 
 def _notes(job: Training, overlap: dict[str, int], duplicates: int, dropped: int) -> list[str]:
@@ -253,6 +304,18 @@ def _notes(job: Training, overlap: dict[str, int], duplicates: int, dropped: int
         f"{'its chat template' if job.templated else 'plain text'}",
         f"data: {data_label(config.data)}, {len(job.train)} problems to train on, {len(job.heldout)} held out",
     ]
+    supervised = config.trainer.supervised
+    if supervised.steps:
+        notes.append(
+            f"supervised: {supervised.steps} steps of {supervised.batch_tokens:,} tokens of worked examples before RL, "
+            f"in which {supervised.step_noise:.2%} of the results are wrong"
+        )
+    elif config.model.architecture is not None:
+        notes.append("warning: random weights earn no reward to learn from; set trainer.supervised.steps")
+    if lora := config.model.lora.rank:
+        trained = sum(p.numel() for p in job.policy.model.parameters() if p.requires_grad)
+        scale = config.model.lora.scaled_alpha / lora
+        notes.insert(-1, f"lora: rank {lora}, scale {scale:g}, {trained:,} trained parameters beside frozen weights")
     if overlap:
         found = ", ".join(f"{count} in {name}" for name, count in overlap.items())
         notes.append(f"warning: training problems that stand in benchmarks: {found}")
@@ -294,9 +357,10 @@ def _manifest(job: Training, problems: ProblemSets) -> dict[str, Any]:
     )
 
 
-def _run(job: Training, run: RunDir, progress: Progress, notes: list[str], overrides: list[str] | None) -> None:
+def _run(
+    job: Training, run: RunDir, progress: Progress, display: Display, notes: list[str], overrides: list[str] | None
+) -> None:
     """`overrides` are those of a new run, for the comparison that is suggested at the end."""
-    display = Display(job.config.trainer.steps)
     for line in [f"run: {run.path}", *notes]:
         display.say(line)
     display.start(progress.step)

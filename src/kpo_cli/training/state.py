@@ -8,7 +8,7 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,16 @@ class Progress:
     """Prompts taken so far, over all epochs."""
     filter_sums: list[float] | None = None
     """What an adaptive filter has seen; None for the others."""
+    supervised_step: int | None = None
+    """Steps of the supervised phase so far; None: there is none, or it is over."""
+    max_tokens: int | None = None
+    """Of a micro-batch, where they had to be lowered for want of memory."""
+
+    @property
+    def label(self) -> str:
+        """Of the checkpoint that is written here."""
+        phase, step = ("step", self.step) if self.supervised_step is None else ("supervised", self.supervised_step)
+        return f"{phase}-{step:06d}"
 
 
 def save_checkpoint(
@@ -40,14 +50,13 @@ def save_checkpoint(
     schedule: dict[str, float],
     keep: int,
 ) -> Path:
-    """Write checkpoints/step-NNNNNN; then remove all but the newest `keep` (0: none)."""
+    """Write checkpoints/step-NNNNNN, or supervised-NNNNNN; then remove all but the newest `keep` (0: none)."""
     folder = run / "checkpoints"
-    final = folder / f"step-{progress.step:06d}"
+    final = folder / progress.label
     draft = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
     (draft / "trainer").mkdir(parents=True)
-    policy.model.save_pretrained(draft)
-    policy.tokenizer.save_pretrained(draft)
+    policy.save(draft)
     tensors, state = _optimizer_state(optimizer)
     save_file(tensors, draft / "trainer" / "optimizer.safetensors")
     save_file(_random_states(), draft / "trainer" / "random.safetensors")
@@ -88,7 +97,7 @@ def restore(path: Path, optimizer: torch.optim.Optimizer) -> Progress:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *position))  # noqa: NPY002
     version, internal, gauss = state["python_random"]
     random.setstate((version, tuple(internal), gauss))
-    return Progress(state["step"], state["data_cursor"], state["filter_sums"])
+    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

