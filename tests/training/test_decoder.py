@@ -45,7 +45,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 def built(family: str, settings: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**settings)).eval()
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # transformers starts them all at 1 and 0
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -142,7 +143,7 @@ def test_what_a_forward_pass_may_be_wrapped_in_is_respected(steps: list[int]):
     hooked.model.layers[1].register_forward_hook(lambda module, args, output: output * 1.5)
     cast.forward = torch.autocast("cpu", dtype=torch.bfloat16)(cast.forward)
     pytest.importorskip("peft")
-    add_adapters(adapted, LoraConfig(rank=2, alpha=None, targets="all-linear"))
+    add_adapters(adapted, LoraConfig(rank=2, alpha=None, targets="all-linear", merge_checkpoints=False))
     for layer in (module for module in adapted.modules() if hasattr(module, "lora_B")):
         torch.nn.init.normal_(layer.lora_B["default"].weight)
     for sampler in samplers:
@@ -156,9 +157,11 @@ def test_what_a_forward_pass_may_be_wrapped_in_is_respected(steps: list[int]):
 def test_it_is_for_small_models_in_float32(monkeypatch: pytest.MonkeyPatch):
     model = built(*SHAPES["llama"])
     assert sampler_of(model).lean
+    assert sampler_of(model, batch_size=300).batch_size == hf.LEAN_BATCH
     assert not sampler_of(copy.deepcopy(model).double()).lean
     monkeypatch.setattr(hf, "SMALL_MODEL", model.num_parameters())
     assert not sampler_of(model).lean
+    assert sampler_of(model, batch_size=300).batch_size == 300
 
 
 def test_trying_shows_a_difference_that_the_weights_hide():

@@ -34,8 +34,8 @@ CUDA_CHECK_EVERY = 8
 """Tokens between two looks at what has ended on a GPU, which has to wait for each. A CPU looks at every token."""
 COMPACT_SHARE = 1 / 16
 """Ended responses leave the batch once they are more than this share of it."""
-CPU_BATCH = 128
-"""Responses in a batch on a CPU, no more: two threads share what would be one batch."""
+LEAN_BATCH = 128
+"""Responses in a batch of `Decoder` at most: enough for its operations, and few enough to occupy two threads."""
 BLOCK = 128
 """Tokens of the vocabulary in one block of `invert_cdf`."""
 
@@ -66,12 +66,12 @@ class HFSampler:
         self.temperature = temperature
         self.top_p = top_p
         self.max_response_tokens = max_response_tokens
-        self.batch_size = min(batch_size, CPU_BATCH) if model.device.type == "cpu" else batch_size
         self.check_every = 1 if model.device.type == "cpu" else CUDA_CHECK_EVERY
         own_rotary = _forward_changes_model(model)
         self.workers = Workers() if workers is None or own_rotary else workers
         small = model.device.type == "cpu" and model.num_parameters() < SMALL_MODEL
         self.lean = small and not own_rotary and decoder.fits(model)
+        self.batch_size = min(batch_size, LEAN_BATCH) if self.lean else batch_size
         self.progress = progress
 
     def sample(
@@ -204,9 +204,7 @@ class _Running:
     """(R, 1): to the left of each; None if there is none: then the model knows the positions by itself."""
 
     @classmethod
-    def start(
-        cls, model: Any, lean: Decoder | None, prompts: list[list[int]], room: int
-    ) -> tuple["_Running", Tensor]:
+    def start(cls, model: Any, lean: Decoder | None, prompts: list[list[int]], room: int) -> tuple["_Running", Tensor]:
         """Put the prompts through the model, each once; also the logits (B, V) behind each.
 
         `room` is the most tokens that a response will have.
