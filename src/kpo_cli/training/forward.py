@@ -4,6 +4,7 @@ Two ways with the same values and gradients. Packed: no padding, each prompt onc
 (tokens, vocabulary) logits. Padded: a plain call of the model, for architectures that cannot be packed.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,31 +132,27 @@ class Scorer:
 
 
 def _split_packed(batch: Batch, rows: Tensor, max_tokens: int) -> list[Tensor]:
-    """Of nearly equal size, in order, so that the responses to a prompt mostly share it."""
+    """As few parts as there can be, of nearly equal size; in order, so that the responses to a prompt mostly share it."""
     lengths = (batch.response_mask.sum(-1) - 1).tolist()
     prompts, index = batch.prompt_lengths.tolist(), batch.prompt_index.tolist()
 
-    def size(part: list[int]) -> int:
-        return sum(lengths[row] for row in part) + sum({index[row]: prompts[row] for row in part}.values())
-
-    def cut(count: int) -> list[list[int]]:
-        """Into at most `count` parts, each ending where it is nearest to its share of what is left."""
-        parts: list[list[int]] = [[]]
-        left = total
+    def cut(limit: int) -> list[list[int]]:
+        """Into parts of at most `limit` tokens, but for single rows that are longer."""
+        parts: list[list[int]] = []
+        size, seen = 0, set[int]()
         for row in rows.tolist():
-            part, more = parts[-1], count - len(parts)
-            if part and more and (size(part) + size([*part, row])) / 2 > left / (more + 1):
-                left -= size(part)
+            more = lengths[row] + (0 if index[row] in seen else prompts[row])
+            if not parts or size + more > limit:
                 parts.append([])
+                size, seen, more = 0, set(), lengths[row] + prompts[row]
             parts[-1].append(row)
+            seen.add(index[row])
+            size += more
         return parts
 
-    total = size(rows.tolist())
-    for count in range(-(-total // max_tokens), len(rows) + 1):
-        parts = cut(count)
-        if all(size(part) <= max_tokens for part in parts):
-            return [torch.tensor(part) for part in parts]
-    return list(rows.split(1))
+    fewest = len(cut(max_tokens))
+    limit = bisect_left(range(max_tokens), -fewest, key=lambda limit: -len(cut(limit)))
+    return [torch.tensor(part) for part in cut(limit)]
 
 
 def _split_padded(batch: Batch, rows: Tensor, max_tokens: int) -> list[Tensor]:
