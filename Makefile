@@ -17,6 +17,7 @@ VLLM_IMPORTS := setuptools aiohttp cachetools cbor2 cloudpickle einops fastapi l
 	uvloop oss-harmony loguru
 
 test-vllm: $(VLLM)/.installed
+	@command -v lscpu > /dev/null || { echo "vLLM needs the program lscpu on a CPU: install util-linux" >&2; exit 1; }
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/engine $(ARGS)
 
 $(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt

@@ -9,7 +9,7 @@ from conftest import compose
 from rich.console import Console
 from small_runs import raw_config
 
-from kpo_cli.config import train_config
+from kpo_cli.config import as_dict, train_config
 from kpo_cli.core import TruncatedImportance
 from kpo_cli.errors import RunStopped, SamplingFailed, UserError
 from kpo_cli.rollout import Response, VLLMSampler
@@ -18,7 +18,8 @@ from kpo_cli.rollout.check import BFLOAT16_MEAN, FLOAT32_MAX, RESPONSES, Sampler
 from kpo_cli.rollout.engine import Request, choose_engine, way_out
 from kpo_cli.rollout.vllm import request_seed
 from kpo_cli.training.display import Display
-from kpo_cli.training.main import make_objective, run
+from kpo_cli.training.loop import Clock, _evaluate, _sampling
+from kpo_cli.training.main import _changed_config, make_objective, run
 
 
 class FakeEngine:
@@ -65,6 +66,26 @@ def test_every_sample_is_a_request_with_a_seed_of_its_own():
     assert engine.requests == [Request([1], None)]
 
 
+def test_an_evaluation_is_checked_as_well():
+    """What it says is of weights that no step samples from: after the last update there is none."""
+    engine = FakeEngine()
+    prompt = SimpleNamespace(token_ids=[1], problem=SimpleNamespace(id="a", problem="1 + 1", answer="2"))
+    job = SimpleNamespace(
+        config=train_config(compose()),
+        policy=SimpleNamespace(decode=lambda ids: "2"),
+        sampler=sampler(engine),
+        updater=SimpleNamespace(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])),
+        heldout=[prompt] * 3,
+        benchmarks={},
+        check=SamplerCheck(lambda prompt, ids: torch.tensor([-1.0]), False),
+    )
+    run = SimpleNamespace(write_rows=lambda name, rows: None)
+    assert _evaluate(job, run, 0, Clock())["response_length_greedy"] == 1
+    engine.log_prob = -1.5
+    with pytest.raises(SamplingFailed, match="log-probabilities of 3 sampled tokens"):
+        _evaluate(job, run, 0, Clock())
+
+
 def test_a_failure_is_tried_once_more():
     engine = FakeEngine(failures=1)
     assert sampler(engine).sample([[1]], 1, (0,))[0][0].finished
@@ -79,6 +100,41 @@ def test_a_failure_is_tried_once_more():
         with pytest.raises(SamplingFailed, match=what) as caught:
             work(sampler(FakeEngine(failures=2)))
         assert caught.value.exit_code == 1
+
+
+def test_memory_is_given_back_after_a_failure_too():
+    """Else the optimizer's state, in host memory meanwhile, would have no room to come back to before it is saved."""
+    engine = FakeEngine()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    job = SimpleNamespace(
+        config=train_config(compose()), sampler=sampler(engine), updater=SimpleNamespace(optimizer=optimizer)
+    )
+    with pytest.raises(SamplingFailed, match="first"), _sampling(job):
+        raise SamplingFailed("first")
+    assert engine.calls == ["push", "sleep"]
+    with pytest.raises(SamplingFailed, match="giving back the memory with vLLM failed twice: sleep broke badly"):
+        sampler(FakeEngine(failures=2)).release()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "engine"),
+    [
+        ([], "vllm", {"max_num_seqs": 8}),
+        (["rollout=hf"], "hf", None),
+        (["rollout.name=hf"], "hf", None),
+        (["rollout=vllm"], "vllm", {"max_num_seqs": 8}),
+        (["++rollout.engine={max_num_seqs: 4}"], "vllm", {"max_num_seqs": 4}),
+        (["++rollout.engine.max_num_seqs=4"], "vllm", {"max_num_seqs": 4}),
+    ],
+)
+def test_a_resumed_run_may_leave_its_engine_or_give_it_other_arguments(overrides, name, engine):
+    """Every line that ends a run with vLLM names one of the two as a way out."""
+    started = as_dict(train_config(compose("rollout=vllm", "++rollout.engine={max_num_seqs: 8}")))
+    resumed = _changed_config(started, compose(*overrides), overrides)
+    assert (resumed.rollout.name, resumed.rollout.engine) == (name, engine)
+    assert (make_objective(resumed).correction is None) == (name == "hf")
+    with pytest.raises(UserError, match=r"differs from the run's own 1.0.*rollout.name, rollout.engine"):
+        _changed_config(started, compose("rollout.temperature=0.5"), ["rollout.temperature=0.5"])
 
 
 def test_an_interruption_is_not_tried_again(monkeypatch):

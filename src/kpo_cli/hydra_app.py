@@ -22,6 +22,8 @@ from kpo_cli.errors import UserError
 from kpo_cli.runs import check_new, missing_parents, remove_empty
 
 IMPLIED_GROUPS = {"model.path": "model=hub", "data.path": "data=file"}
+OPEN_MAPPINGS = ("model.chat_template_kwargs", "chat_template_kwargs", "rollout.engine", "eval.engine")
+"""Their keys are the chat template's and vLLM's, not ours."""
 OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
 OPTIONS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun"}
 INFO_OPTIONS = {"--info", "-i"}
@@ -46,7 +48,7 @@ def run_with_hydra(command: str, job: Callable[[dict[str, Any]], None], argument
     flags, overrides = split_arguments(arguments)
     _check_flags(command, flags)
     _check_overrides(command, flags, overrides)
-    overrides = _with_implied_groups(_without_null_experiment(overrides))
+    overrides = _with_implied_groups(_open_mappings(_without_null_experiment(overrides)))
     created: list[Path] = []
     if {"-m", "--multirun"} & set(flags):
         overrides, sweep_dir = _with_sweep_dir(overrides)
@@ -211,6 +213,16 @@ def value_of(override: str) -> str:
 def _without_null_experiment(overrides: list[str]) -> list[str]:
     """Hydra removes a group with `~experiment`, and fails on the `experiment=null` that one would write."""
     return ["~experiment" if override == "experiment=null" else override for override in overrides]
+
+
+def _open_mappings(overrides: list[str]) -> list[str]:
+    """Let mappings with keys of the user's own take new ones without Hydra's `+`."""
+
+    def is_open(override: str) -> bool:
+        key = override.split("=", 1)[0]
+        return any(key == name or key.startswith(f"{name}.") for name in OPEN_MAPPINGS)
+
+    return [f"++{override}" if is_open(override) else override for override in overrides]
 
 
 def _with_implied_groups(overrides: list[str]) -> list[str]:

@@ -38,6 +38,11 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
     peft = _peft(f"model.lora.rank={config.rank}")
+    widest = max((max(layer.weight.shape) for layer in adaptable(model, config)), default=config.rank)
+    if config.rank > widest:
+        raise UserError(
+            f"model.lora.rank={config.rank} is more than the {widest} of the model's widest layer; lower it"
+        )
     base = model.name_or_path
     adapter = peft.LoraConfig(
         r=config.rank,

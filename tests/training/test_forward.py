@@ -16,6 +16,7 @@ from transformers import (
     MixtralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -182,6 +183,31 @@ def test_micro_batches_are_of_nearly_equal_size():
     sizes = [pack(batch.rows(part), torch.device("cpu")).input_ids.numel() for part in parts]
     assert max(sizes) <= total // 3
     assert min(sizes) > 0.7 * max(sizes)
+
+
+@pytest.mark.parametrize("longest_of_all", [None, 3_000])
+def test_there_are_few_micro_batches_however_ragged_the_responses(longest_of_all):
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 1000, (64, 8), generator=draw)
+    lengths[0, 0] = longest_of_all or 20
+    groups = [[Response([1] * n, [0.0] * n, True) for n in row] for row in lengths.tolist()]
+    batch = make_batch([[1] * 100] * 64, groups, torch.zeros(512), torch.zeros(512))
+    tokens = pack(batch, torch.device("cpu")).input_ids.numel()
+    parts = Scorer(None, 1.0, packed=True).split(batch, torch.arange(512), 2_048)
+    assert torch.equal(torch.cat(parts), torch.arange(512))
+    assert len(parts) < 1.5 * tokens / 2_048
+
+
+def test_a_window_that_only_the_mask_knows_is_not_packed():
+    """It acts beyond the rows that the two ways are compared on."""
+    window = {"sliding_window": 4096, "layer_types": ["sliding_attention"] * 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = tiny(Qwen2MoeConfig(**SHAPE, **experts, use_sliding_window=True, max_window_layers=0, **window))
+    assert "differ" in make_packable(model)
+    assert model.config.sliding_window == 4096
+    mistral = tiny(MistralConfig(**SHAPE, sliding_window=4096))
+    assert make_packable(mistral) is None
+    assert {layer.self_attn.config.sliding_window for layer in mistral.model.layers} == {4096}
 
 
 def test_the_name_of_the_attention_stays_out_of_checkpoints(tmp_path):

@@ -288,6 +288,7 @@ def test_the_run_says_what_trains(data, tmp_path, capsys):
         (["model.lora.targets=[]"], "must be all-linear or a list of layers"),
         (["model.lora.targets=[nope]"], r"model.lora.targets=\['nope'\]: Target modules .* not found"),
         (["model.lora.targets=[embed_tokens]"], "only linear layers can have adapters"),
+        (["model.lora.rank=100000"], "model.lora.rank=100000 is above [0-9]+, the model's widest layer"),
     ],
 )
 def test_errors_are_one_line(overrides, message, data, tmp_path):

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import metrics, resume, same_weights, train, weights
+from small_runs import metrics, raw_config, resume, same_weights, train, weights
 
+from kpo_cli.config import train_config
 from kpo_cli.rollout import Response
+from kpo_cli.training import main
+from kpo_cli.training.forward import Scorer
 from kpo_cli.training.loop import Group, _overlong_penalty
 
 
@@ -106,3 +109,13 @@ def test_advantages_without_the_standard_deviation(tmp_path):
     run = train(tmp_path / "run", "method=dr_grpo", "trainer.steps=1")
     plain = train(tmp_path / "plain", "method=dr_grpo", "trainer.advantage_std=true", "trainer.steps=1")
     assert metrics(run)[1]["grad_norm"] < metrics(plain)[1]["grad_norm"]
+
+
+def test_a_reference_that_cannot_be_packed_is_padded(monkeypatch):
+    raw = raw_config("trainer.kl_coefficient=0.1")
+    config = train_config({key: raw[key] for key in raw if key not in ("run_dir", "resume", "overrides")})
+    scorer = Scorer(None, 0.8, packed=True)
+    monkeypatch.setattr(main, "make_packable", lambda model: "log-probabilities differ by 0.00011")
+    assert not main._reference(config, scorer).packed
+    monkeypatch.undo()
+    assert main._reference(config, scorer).packed

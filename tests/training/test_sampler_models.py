@@ -20,7 +20,7 @@ from kpo_cli.attention import decode_attention
 from kpo_cli.parallel import Workers
 from kpo_cli.rollout import HFSampler, Response
 from kpo_cli.rollout.cache import GrowingLayer, spread
-from kpo_cli.rollout.hf import _forward_changes_model, invert_cdf, survivors
+from kpo_cli.rollout.hf import forward_changes_model, invert_cdf, survivors
 
 SMALL = {
     "vocab_size": 120,
@@ -155,9 +155,9 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_a_model_that_its_forward_pass_changes_stays_in_one_thread():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, rope_parameters=rope))
-    assert _forward_changes_model(model)
+    assert forward_changes_model(model)
     assert sampler_of(model, workers=Workers(2)).workers.count == 1
-    assert not any(_forward_changes_model(model_of(name)) for name in SHAPES)
+    assert not any(forward_changes_model(model_of(name)) for name in SHAPES)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

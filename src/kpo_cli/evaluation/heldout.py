@@ -19,6 +19,8 @@ class HeldoutResult:
     """Responses that the grader failed on; they count as wrong."""
     samples: list[dict[str, Any]]
     """One row a problem: both responses, what was extracted, and the verdicts."""
+    sampled: list[Response]
+    """The sampled response to each problem."""
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -47,7 +49,7 @@ def evaluate_heldout(
             row[kind] = item
     length = sum(len(response.token_ids) for response in greedy) / len(greedy)
     failures = sum(row[kind]["grader_failed"] for row in rows for kind in ("greedy", "sampled"))
-    return HeldoutResult(accuracy["greedy"], accuracy["sampled"], length, failures, rows)
+    return HeldoutResult(accuracy["greedy"], accuracy["sampled"], length, failures, rows, sampled)
 
 
 def _graded(

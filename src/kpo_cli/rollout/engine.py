@@ -312,7 +312,10 @@ def way_out(text: str) -> str:
     """What to do about an error of vLLM's."""
     text = text.lower()
     if any(word in text for word in ("out of memory", "free memory", "available memory", "kv cache", "cache blocks")):
-        return f"change its share with rollout.engine={{gpu_memory_utilization: 0.5}}, or {USE_HF}"
+        return (
+            f"change its share with rollout.engine={{gpu_memory_utilization: 0.5}} "
+            f"(on a CPU kv_cache_memory_bytes), or {USE_HF}"
+        )
     if any(word in text for word in ("compiler", "gcc", "g++", "ninja", "nvcc")):
         return f"install a C++ compiler, or set rollout.engine={{enforce_eager: true}}, or {USE_HF}"
     if "unexpected keyword" in text:

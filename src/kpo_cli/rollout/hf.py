@@ -67,7 +67,7 @@ class HFSampler:
         self.top_p = top_p
         self.max_response_tokens = max_response_tokens
         self.check_every = 1 if model.device.type == "cpu" else CUDA_CHECK_EVERY
-        own_rotary = _forward_changes_model(model)
+        own_rotary = forward_changes_model(model)
         self.workers = Workers() if workers is None or own_rotary else workers
         small = model.device.type == "cpu" and model.num_parameters() < SMALL_MODEL
         self.lean = small and not own_rotary and decoder.fits(model)
@@ -292,7 +292,7 @@ def survivors(ended: Tensor) -> Tensor:
     return order
 
 
-def _forward_changes_model(model: Any) -> bool:
+def forward_changes_model(model: Any) -> bool:
     """Whether a forward pass writes to the model, as rotary embeddings do that fit themselves to the length.
 
     Then two threads must not share it.

@@ -60,7 +60,8 @@ class VLLMSampler:
         _twice("taking over the weights", self.engine.push)
 
     def release(self) -> None:
-        self.engine.sleep()
+        """Let the engine sleep; a failure is tried once more, then SamplingFailed."""
+        _twice("giving back the memory", self.engine.sleep)
 
     def sample(
         self,

@@ -5,6 +5,8 @@ Two ways with the same values and gradients. Packed: no padding, each prompt onc
 """
 
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,10 @@ from kpo_cli.training.batch import Batch, make_batch
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 TOLERANCE = 1e-4
 """Between the log-probs of both ways in float32, where they differ by rounding alone."""
+
+
+PROBE_WINDOW = 4
+"""Of `make_packable`'s rows, which have 5 to 14 tokens."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ class Scorer:
 
 
 def _split_packed(batch: Batch, rows: Tensor, max_tokens: int) -> list[Tensor]:
-    """As few parts as there can be, of nearly equal size; in order, so that the responses to a prompt mostly share it."""
+    """As few parts as can be, of nearly equal size; in order, so that the responses to a prompt mostly share it."""
     lengths = (batch.response_mask.sum(-1) - 1).tolist()
     prompts, index = batch.prompt_lengths.tolist(), batch.prompt_index.tolist()
 
@@ -183,7 +189,7 @@ def make_packable(model: Any) -> str | None:
     if type(head) is not torch.nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         return f"its head is not a plain linear layer ({type(head).__name__})"
     batch = _probe(config.vocab_size)
-    with torch.no_grad():
+    with torch.no_grad(), _short_windows(model):
         expected, _ = Scorer(model, 1.0)(batch)
         model.set_attn_implementation(NAME)
         try:
@@ -195,6 +201,21 @@ def make_packable(model: Any) -> str | None:
     if reason is not None:
         model.set_attn_implementation(own)
     return reason
+
+
+@contextmanager
+def _short_windows(model: Any) -> Iterator[None]:
+    """Within the block sliding windows are so short that the probe sees them act: some layers have theirs in the
+    mask alone, which packed attention does not read."""
+    holders = [*model.modules(), model.config.get_text_config()]
+    own = [(holder, window) for holder in holders if isinstance(window := getattr(holder, "sliding_window", None), int)]
+    for holder, window in own:
+        holder.sliding_window = min(window, PROBE_WINDOW)
+    try:
+        yield
+    finally:
+        for holder, window in own:
+            holder.sliding_window = window
 
 
 def _probe(vocabulary: int) -> Batch:

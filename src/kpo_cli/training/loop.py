@@ -205,8 +205,10 @@ def _sampling(job: Training) -> Iterator[None]:
     """Within the block the sampler has the present weights and the device's memory."""
     with off_device(job.updater.optimizer, job.config.trainer.offload_optimizer == "sampling"):
         job.sampler.refresh()
-        yield
-        job.sampler.release()
+        try:
+            yield
+        finally:  # after a failure too: the optimizer's state comes back to the device before it is saved
+            job.sampler.release()
 
 
 def _sampling_metrics(pool: list[Group]) -> dict[str, Any]:
@@ -276,13 +278,15 @@ def _evaluate(job: Training, run: RunDir, step: int, clock: "Clock") -> dict[str
     """Held-out problems, and the benchmarks of trainer.eval with their name behind each metric."""
     seed = (job.config.seed, EVALUATION)
     with clock("eval"), _sampling(job):
-        result = evaluate_heldout(job.sampler, job.policy.decode, job.heldout, seed)
-        run.write_rows(f"evals/step-{step:06d}.jsonl", result.samples)
-        metrics = result.metrics()
+        heldout = evaluate_heldout(job.sampler, job.policy.decode, job.heldout, seed)
+        run.write_rows(f"evals/step-{step:06d}.jsonl", heldout.samples)
+        metrics = heldout.metrics()
         for name, prompts in job.benchmarks.items():
             result = evaluate_heldout(job.sampler, job.policy.decode, prompts, seed)
             run.write_rows(f"evals/{name}-step-{step:06d}.jsonl", result.samples)
             metrics |= {f"{key}/{name}": value for key, value in result.metrics().items()}
+    if job.check is not None:  # these weights were pushed as well
+        job.check([prompt.token_ids for prompt in job.heldout], [[response] for response in heldout.sampled])
     return metrics
 
 

@@ -26,6 +26,7 @@ from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import load_benchmarks
 from kpo_cli.lora import halve_frozen_layers, without_adapters
+from kpo_cli.parallel import Workers
 from kpo_cli.policy import (
     Policy,
     choose_device,
@@ -36,6 +37,7 @@ from kpo_cli.policy import (
     transformers_config,
 )
 from kpo_cli.rollout.engine import choose_engine
+from kpo_cli.rollout.hf import forward_changes_model
 from kpo_cli.runs import RunDir, check_new, default_run_dir, make_manifest, path_of
 from kpo_cli.training.display import Display, describe_filter, result_table
 from kpo_cli.training.forward import Scorer, make_packable
@@ -55,8 +57,11 @@ MAY_CHANGE = (
     "ratios_every",
     "stop_after",
     "offload_optimizer",
+    "max_tokens_per_micro_batch",
 )
-"""Trainer keys that a resumed run may change: they do not touch the weights of a step."""
+"""Trainer keys that a resumed run may change: they do not touch the weights of a step, but for rounding."""
+ENGINE_MAY_CHANGE = ("name", "engine")
+"""And keys of rollout: an engine that fails, has no room, or is not there any more must not hold a run captive."""
 
 
 def run(raw: dict[str, Any]) -> None:
@@ -90,7 +95,9 @@ def _start(config: TrainConfig, run_dir: Path | None, overrides: list[str]) -> N
 
 def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
     with RunDir.open(path) as run:
-        config = _changed_config(run.config(), raw, overrides)
+        stored = run.config()
+        before = _value(stored, "rollout")
+        config = _with_engine(_changed_config(stored, raw, overrides))
         objective = make_objective(config)
         checkpoint, damaged = newest_checkpoint(path)
         problems = load_problems(config.data)
@@ -108,7 +115,7 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         if progress.filter_sums is not None:
             job.updater.refit(torch.tensor(progress.filter_sums, dtype=torch.float64))
         if progress.max_tokens is not None:
-            job.updater.max_tokens = progress.max_tokens
+            job.updater.max_tokens = min(job.updater.max_tokens, progress.max_tokens)
         last = config.trainer.steps
         if progress.step > last:
             raise UserError(f"{path} is at step {progress.step} already; trainer.steps={last} lies behind it")
@@ -117,6 +124,8 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         run.write_config(as_dict(config))
         run.cut_after(progress.step or -1, progress.supervised_step)  # the evaluation at step 0 is made again
         notes += [f"warning: {line}; using an older one" for line in damaged]
+        if config.rollout.name != before:
+            notes.append(f"note: sampling with {config.rollout.name} from here on, with {before} before")
         _run(job, run, progress, display, [*notes, f"resuming after {progress.label}"], None)
 
 
@@ -135,10 +144,15 @@ def _changed_config(stored: dict[str, Any], raw: dict[str, Any], overrides: list
         group, _, name = key.partition(".")
         if group == "trainer" and name in MAY_CHANGE:
             stored["trainer"][name] = raw["trainer"][name]
+        elif key == "rollout" or (group == "rollout" and name.split(".")[0] in ENGINE_MAY_CHANGE):
+            own = name.split(".")[0] or "name"
+            stored["rollout"][own] = raw["rollout"][own]
+            if stored["rollout"]["name"] == "hf":
+                stored["rollout"]["engine"] = raw["rollout"]["engine"]  # arguments of vLLM go with it
         elif _value(raw, key) != _value(stored, key):
             raise UserError(
                 f"{override} differs from the run's own {_value(stored, key)}; a resumed run may change only "
-                f"{', '.join(f'trainer.{k}' for k in MAY_CHANGE)}"
+                f"{', '.join([*(f'trainer.{k}' for k in MAY_CHANGE), *(f'rollout.{k}' for k in ENGINE_MAY_CHANGE)])}"
             )
     return train_config(stored)
 
@@ -228,6 +242,7 @@ def _assemble(
     """All live objects of a run, and what the user should know about them."""
     trainer, rollout = config.trainer, config.rollout
     workers = share_threads(trainer.threads, policy.parameters, policy.model.device)
+    own_rotary = forward_changes_model(policy.model)
     _check_context(config, policy)
     builder = PromptBuilder(policy.tokenizer, config.model, config.data)
     train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
@@ -255,9 +270,12 @@ def _assemble(
         max_tokens=trainer.max_tokens_per_micro_batch or max_tokens(policy.parameters, policy.model.device),
         max_grad_norm=trainer.max_grad_norm,
         mask_truncated=trainer.mask_truncated,
-        sampler_log_probs=trainer.old_log_probs == "auto" and rollout.name == "hf" and policy.dtype == "float32",
+        sampler_log_probs=trainer.old_log_probs == "auto"
+        and rollout.name == "hf"
+        and policy.dtype == "float32"
+        and not own_rotary,  # what it computes depends on the longest text so far
         reference=_reference(config, scorer),
-        workers=workers,
+        workers=Workers() if own_rotary else workers,
     )
     demonstrations = Demonstrations(config, builder, policy)
     if trainer.supervised.steps:
@@ -288,9 +306,7 @@ def _reference(config: TrainConfig, scorer: Scorer) -> Scorer | None:
     if config.model.lora.rank:
         return dataclasses.replace(scorer, model=without_adapters(scorer.model))
     model = load_policy(config.model).model.requires_grad_(False)
-    if scorer.packed:
-        make_packable(model)
-    return dataclasses.replace(scorer, model=model)
+    return dataclasses.replace(scorer, model=model, packed=scorer.packed and make_packable(model) is None)
 
 
 def _notes(job: Training, overlap: dict[str, int], duplicates: int, dropped: int) -> list[str]:

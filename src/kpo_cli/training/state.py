@@ -97,7 +97,7 @@ def restore(path: Path, optimizer: torch.optim.Optimizer) -> Progress:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *position))  # noqa: NPY002
     version, internal, gauss = state["python_random"]
     random.setstate((version, tuple(internal), gauss))
-    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
+    return Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
