@@ -272,12 +272,12 @@ def _killed_at(update, run_dir, *overrides):
     if child == 0:
         done, real = 0, Updater.update
 
-        def counted(self, batch):
+        def counted(self, batch, *more):
             nonlocal done
             done += 1
             if done == update:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(self, batch)
+            return real(self, batch, *more)
 
         Updater.update = counted
         with open(os.devnull, "w") as null:
@@ -299,11 +299,11 @@ def test_killed_at_any_step_a_run_resumes_to_the_same_bits(update, whole, tmp_pa
 def test_a_signal_ends_the_step_and_saves(update, whole, tmp_path, monkeypatch):
     real, done = Updater.update, []
 
-    def signalled(self, batch):
+    def signalled(self, batch, *more):
         done.append(1)
         if len(done) == update:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, batch)
+        return real(self, batch, *more)
 
     monkeypatch.setattr(Updater, "update", signalled)
     with pytest.raises(RunInterrupted, match=rf"stopped after supervised step {update}; go on with: kpo train resume="):

@@ -156,8 +156,10 @@ def test_the_samplers_log_probs_can_be_the_old_ones(policy, batch):
     record = job.update(batch)
     assert (record.log_ratio[:8] == 0).all()
     assert torch.equal(record.old_log_probs[8:], torch.where(batch.response_mask, batch.rollout_log_probs, 0)[8:])
-    other = updater(policy)
-    assert torch.allclose(other.update(batch).log_ratio, record.log_ratio, atol=1e-4)
+    other = updater(policy).update(batch)
+    assert torch.allclose(other.log_ratio, record.log_ratio, atol=1e-4)
+    recorded = updater(policy, sampler_log_probs=True).update(batch, for_record=True)
+    assert torch.equal(other.log_ratio, recorded.log_ratio)
 
 
 def test_the_first_mini_batch_is_exactly_on_policy_and_the_second_is_not(policy, batch):

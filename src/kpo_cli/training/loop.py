@@ -131,7 +131,7 @@ def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str
         for parameters in job.updater.optimizer.param_groups:
             parameters["lr"] = lr
         try:
-            before, record = job.updater.max_tokens, job.updater.update(batch)
+            before, record = job.updater.max_tokens, job.updater.update(batch, _due(step, config.ratios_every))
         except RunStopped as error:
             raise RunStopped(f"step {step}: {error}") from None
         except torch.OutOfMemoryError:

@@ -90,14 +90,19 @@ class Updater:
     """The policy that a reference KL is taken to."""
     workers: Workers = field(default_factory=Workers)
 
-    def update(self, batch: Batch) -> UpdateRecord:
-        """One optimizer step for each mini-batch, in order."""
+    def update(self, batch: Batch, for_record: bool = False) -> UpdateRecord:
+        """One optimizer step for each mini-batch, in order.
+
+        `for_record`: old log-probabilities are the trainer's in any case. The sampler's differ by rounding, which is
+        nothing to the loss but decides the signs of the smallest log-ratios, and signs are what is analysed.
+        """
         parts = self._mini_batches(batch)
         model = self.scorer.model
         # Gradient checkpointing works in train mode only; there is no dropout that the mode could switch on.
         model.train(model.is_gradient_checkpointing)
         # The first mini-batch is on-policy: its old log-probs are its own, from the same forward pass (z = 0 exactly).
-        old = [None, *(self._old_log_probs(batch, rows) for rows in parts[1:])]
+        known = self.sampler_log_probs and not for_record
+        old = [None, *(batch.rollout_log_probs if known else self._old_log_probs(batch, rows) for rows in parts[1:])]
         record = UpdateRecord.empty(*batch.response_ids.shape)
         for number, (rows, old_log_probs) in enumerate(zip(parts, old, strict=True)):
             record.mini_batch_index[rows] = number
@@ -122,9 +127,7 @@ class Updater:
 
     @torch.no_grad()
     def _old_log_probs(self, batch: Batch, rows: Tensor) -> Tensor:
-        """(N, T), set in `rows`; computed in the micro-batches of the update, where the sampler's do not serve."""
-        if self.sampler_log_probs:
-            return batch.rollout_log_probs
+        """(N, T), set in `rows`; computed in the micro-batches of the update."""
 
         def score(micro: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():  # a thread of its own does not inherit it
