@@ -113,6 +113,11 @@ class RunDir:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(metrics)) + "\n")
 
+    def replace_last_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write the last row of metrics.jsonl anew."""
+        rows = [*self.metrics()[:-1], finite(metrics)]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
     def metrics(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The metrics written so far; a last line that was cut off by a kill is left out."""
         path = self.path / name

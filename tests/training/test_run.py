@@ -14,8 +14,8 @@ from small_runs import metrics, resume, same_weights, train, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kpo_cli.core import list_methods
-from kpo_cli.errors import RunStopped, UserError
-from kpo_cli.training import main
+from kpo_cli.errors import RunStopped, SamplingFailed, UserError
+from kpo_cli.training import loop, main
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -256,9 +256,9 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, monke
     def interrupted(job, *arguments):
         step = job.updater.update
 
-        def update(batch):
+        def update(*batch):
             os.kill(os.getpid(), signal.SIGINT)
-            return step(batch)
+            return step(*batch)
 
         object.__setattr__(job.updater, "update", update)
         original(job, *arguments)
@@ -269,3 +269,23 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, monke
     monkeypatch.undo()
     resume(run)
     assert same_weights(weights(run, 3), weights(whole, 3))
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_an_evaluation_that_failed_is_made_by_the_resumed_run(whole, tmp_path, monkeypatch, step):
+    real = loop.evaluate_heldout
+
+    def failing(sampler, *arguments):
+        if (tmp_path / f"run/evals/step-{step - 2 if step == 2 else 2:06d}.jsonl").exists():
+            raise SamplingFailed("the engine is gone")
+        return real(sampler, *arguments)
+
+    monkeypatch.setattr(loop, "evaluate_heldout", failing)
+    with pytest.raises(RunStopped, match=f"evaluation after step {step}: the engine is gone; what there is is saved"):
+        train(tmp_path / "run")
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert same_weights(weights(tmp_path / "run", 3), weights(whole, 3))
+    resumed, expected = metrics(tmp_path / "run"), metrics(whole)
+    assert resumed[3] == expected[3]
+    assert json.loads((tmp_path / "run/summary.json").read_text())["sampled_after"] == expected[3]["accuracy_sampled"]

@@ -72,6 +72,10 @@ def train(job: Training, run: RunDir, progress: Progress, display: Display) -> N
         clock = Clock()
         run.append_metrics({"step": 0, **_evaluate(job, run, 0, clock), **clock.times()})
         display.evaluated(0, run.metrics()[-1])
+    elif progress.step == config.steps and "accuracy_greedy" not in (row := run.metrics()[-1]):
+        clock = Clock()  # the last evaluation failed, and the run was resumed
+        run.replace_last_metrics(row | _evaluate(job, run, progress.step, clock) | clock.times())
+        display.evaluated(progress.step, run.metrics()[-1])
     with stop:
         while progress.step < config.steps:
             before = replace(progress)
@@ -89,9 +93,8 @@ def train(job: Training, run: RunDir, progress: Progress, display: Display) -> N
                 try:
                     metrics |= _evaluate(job, run, step, clock)
                 except SamplingFailed as error:
-                    if not last:  # a last step without its evaluation would not be done again
-                        run.append_metrics(metrics)
-                        _save(job, run, progress)
+                    run.append_metrics(metrics)
+                    _save(job, run, progress)
                     raise _stopped(f"evaluation after step {step}: {error}", run) from error
                 metrics |= clock.times()
             run.append_metrics(metrics)
