@@ -227,6 +227,8 @@ def loading_errors(config: ModelConfig) -> Iterator[None]:
 
 def _way_out(error: BaseException) -> str:
     text = str(error).lower()
+    if "num_attention_heads" in text:  # Mamba and its kin
+        return "it has no attention, and so no cache of keys and values to sample with: take another architecture"
     if any(word in text for word in ("gated", "401", "403", "authenticat", "access to model")):
         return "accept the model's terms on its page and set HF_TOKEN"
     if any(word in text for word in ("connect", "offline", "couldn't reach", "resolve", "cached files", "not a local")):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import metrics, raw_config, resume, same_weights, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from kpo_cli.errors import UserError
 from kpo_cli.training.main import run
@@ -145,6 +145,12 @@ def wrong_data(tmp_path, **row):
     return f"data.path='{path}'"
 
 
+def without_attention(tmp_path):
+    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    return f"model.path='{tmp_path / 'mamba'}'"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -163,6 +169,7 @@ def wrong_data(tmp_path, **row):
         (lambda t: [broken("missing_shard", t)], "damaged or missing: download it again"),
         (lambda t: [broken("dropped_tensor", t)], "weights are in no file"),
         (lambda t: [broken("unknown_architecture", t)], "does not know the architecture"),
+        (lambda t: [without_attention(t)], "it has no attention"),
         (lambda t: ["model.device=cuda"], "model.device=cuda but torch sees no GPU"),
     ],
 )
