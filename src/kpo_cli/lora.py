@@ -40,9 +40,7 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     peft = _peft(f"model.lora.rank={config.rank}")
     widest = max((max(layer.weight.shape) for layer in adaptable(model, config)), default=config.rank)
     if config.rank > widest:
-        raise UserError(
-            f"model.lora.rank={config.rank} is more than the {widest} of the model's widest layer; lower it"
-        )
+        raise UserError(f"model.lora.rank={config.rank} is above {widest}, the model's widest layer; lower it")
     base = model.name_or_path
     adapter = peft.LoraConfig(
         r=config.rank,
