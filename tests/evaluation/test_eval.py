@@ -4,13 +4,13 @@ import json
 import os
 import re
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from killed import run_apart
 from omegaconf import OmegaConf
 from small_runs import train
 
@@ -92,34 +92,28 @@ def test_a_checkpoint_directory_and_its_run_are_the_same(trained, tmp_path):
     assert one["benchmarks"] == two["benchmarks"]
 
 
-def _killed_at_call(moment, out):
-    """Evaluate in a child process that leaves a torn line and SIGKILLs itself at a call of the sampler."""
-    child = os.fork()
-    if child == 0:
-        original, calls = HFSampler.sample, 0
+def _evaluate_until(moment, out):
+    """Evaluate, with a torn line and a SIGKILL at a call of the sampler."""
+    original, calls = HFSampler.sample, 0
 
-        def sample(self, *arguments, **keywords):
-            nonlocal calls
-            calls += 1
-            if calls > moment:
-                with (out / "samples.jsonl").open("a") as file:
-                    file.write('{"subject": "checkpoint", "benchm')
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(self, *arguments, **keywords)
+    def sample(self, *arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls > moment:
+            with (out / "samples.jsonl").open("a") as file:
+                file.write('{"subject": "checkpoint", "benchm')
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *arguments, **keywords)
 
-        HFSampler.sample = sample
-        evaluate(out, "checkpoint=builtin")
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+    HFSampler.sample = sample
+    evaluate(out, "checkpoint=builtin")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has torch loaded")
 @pytest.mark.parametrize("moment", [0, 1, 2])
 def test_killed_anywhere_the_same_command_makes_every_sample_once(moment, tmp_path):
     whole = evaluate(tmp_path / "whole", "checkpoint=builtin")
     out = tmp_path / "killed"
-    assert _killed_at_call(moment, out)
+    assert run_apart(_evaluate_until, moment, out) == -signal.SIGKILL
     results = evaluate(out, "checkpoint=builtin")
     assert results["benchmarks"] == whole["benchmarks"]
     assert Counter((row["place"], row["sample"]) for row in rows(out)) == {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed import run_apart
 from safetensors import safe_open
 from small_runs import metrics, resume, same_weights, train, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,41 +122,31 @@ def test_resume_goes_on_to_the_same_bits(whole, tmp_path):
     assert metrics(short) == metrics(whole)
 
 
-def _killed_after(events, run_dir):
-    """Train in a child process that SIGKILLs itself at its n-th touch of the run directory; True if it finished."""
-    child = os.fork()
-    if child == 0:
-        seen = 0
+def _train_until(events, run_dir):
+    """Train, with a SIGKILL at the n-th touch of the run directory."""
+    seen = 0
 
-        def count(event, arguments):
-            nonlocal seen
-            if event in ("open", "os.rename", "os.mkdir", "os.remove") and "victim" in str(arguments[0]):
-                seen += 1
-                if seen > events:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def count(event, arguments):
+        nonlocal seen
+        if event in ("open", "os.rename", "os.mkdir", "os.remove") and "victim" in str(arguments[0]):
+            seen += 1
+            if seen > events:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        sys.addaudithook(count)
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 1)
-            train(run_dir)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status):
-        assert os.WEXITSTATUS(status) == 0
-        return True
-    return False
+    sys.addaudithook(count)
+    train(run_dir)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has torch loaded")
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(whole, tmp_path):
     """From the draft of the run directory to the last summary, a kill at one file operation in five."""
-    finished, kills, events = False, 0, 0
-    while not finished:
+    kills, events = 0, 0
+    while True:
         run = tmp_path / f"victim-{events}"
-        finished = _killed_after(events, run)
+        status = run_apart(_train_until, events, run)
         events += 5 if events > 12 else 2
-        if finished:
+        if status == 0:
             break
+        assert status == -signal.SIGKILL
         kills += 1
         if not run.exists():  # killed before the directory appeared: nothing half-made under its name
             train(run)
@@ -288,4 +279,5 @@ def test_an_evaluation_that_failed_is_made_by_the_resumed_run(whole, tmp_path, m
     assert same_weights(weights(tmp_path / "run", 3), weights(whole, 3))
     resumed, expected = metrics(tmp_path / "run"), metrics(whole)
     assert resumed[3] == expected[3]
+    assert (tmp_path / "run/ratios/step-000002.safetensors").exists()
     assert json.loads((tmp_path / "run/summary.json").read_text())["sampled_after"] == expected[3]["accuracy_sampled"]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import compose
+from killed import run_apart
 from small_runs import metrics, resume, same_weights, train, weights
 from transformers import AutoModelForCausalLM
 
@@ -266,31 +266,24 @@ def test_less_memory_found_within_the_phase_is_remembered(tmp_path, monkeypatch)
         assert json.loads((run / f"checkpoints/{name}/trainer/state.json").read_text())["max_tokens"] == 50
 
 
-def _killed_at(update, run_dir, *overrides):
-    """Train in a child process that SIGKILLs itself at the beginning of its n-th update."""
-    child = os.fork()
-    if child == 0:
-        done, real = 0, Updater.update
+def _train_until(update, run_dir):
+    """Train, with a SIGKILL at the beginning of the n-th update."""
+    done, real = 0, Updater.update
 
-        def counted(self, batch, *more):
-            nonlocal done
-            done += 1
-            if done == update:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(self, batch, *more)
+    def counted(self, batch, *more):
+        nonlocal done
+        done += 1
+        if done == update:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, batch, *more)
 
-        Updater.update = counted
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 1)
-            train(run_dir, *CUT, *overrides)
-        os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    Updater.update = counted
+    train(run_dir, *CUT)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has torch loaded")
 @pytest.mark.parametrize("update", [1, 2, 3, 4, 5, 6])  # four of the supervised phase, two of RL
 def test_killed_at_any_step_a_run_resumes_to_the_same_bits(update, whole, tmp_path):
-    _killed_at(update, tmp_path / "run")
+    assert run_apart(_train_until, update, tmp_path / "run") == -signal.SIGKILL
     resume(tmp_path / "run")
     same_run(tmp_path / "run", whole)
 
