@@ -22,8 +22,6 @@ from kpo_cli.training.batch import Batch, make_batch
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 TOLERANCE = 1e-4
 """Between the log-probs of both ways in float32, where they differ by rounding alone."""
-
-
 PROBE_WINDOW = 4
 """Of `make_packable`'s rows, which have 5 to 14 tokens."""
 
@@ -115,17 +113,14 @@ class Scorer:
         # The logits that predict the response begin one token before it; earlier ones are not computed.
         first = int(batch.prompt_lengths.min()) - 1
         keep = input_ids.shape[1] - first
-        logits = (
-            type(self.model)
-            .forward(  # without the autocast that the sampler's calls are wrapped in
-                self.model,
-                input_ids=input_ids.to(self.model.device),
-                attention_mask=attention_mask.to(self.model.device),
-                logits_to_keep=keep,
-                use_cache=False,
-            )
-            .logits
-        )
+        forward = type(self.model).forward  # without the autocast that the sampler's calls are wrapped in
+        logits = forward(
+            self.model,
+            input_ids=input_ids.to(self.model.device),
+            attention_mask=attention_mask.to(self.model.device),
+            logits_to_keep=keep,
+            use_cache=False,
+        ).logits
         columns = (batch.prompt_lengths - 1 - first)[:, None] + torch.arange(length)
         columns = columns.clamp(max=keep - 1).to(logits.device)
         rows = torch.arange(len(batch), device=logits.device)[:, None]

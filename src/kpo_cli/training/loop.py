@@ -87,6 +87,8 @@ def train(job: Training, run: RunDir, progress: Progress, display: Display) -> N
                 raise _stopped(f"step {before.step + 1}: {error}", run) from error
             step = progress.step
             last, stopping = step == config.steps, bool(stop)  # looked at once: time goes on
+            if _due(step, config.ratios_every):
+                write_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
             clock = Clock()
             if last or _due(step, config.eval_every):
                 display.phase("evaluating")
@@ -99,8 +101,6 @@ def train(job: Training, run: RunDir, progress: Progress, display: Display) -> N
                 metrics |= clock.times()
             run.append_metrics(metrics)
             display.stepped(metrics)
-            if _due(step, config.ratios_every):
-                write_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
             if last or stopping or _due(step, config.checkpoint_every):
                 _save(job, run, progress)
             if stopping and not last:
