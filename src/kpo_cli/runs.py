@@ -82,6 +82,10 @@ class RunDir:
         except OSError:
             raise UserError(f"{self.path} is in use by another process; wait for it or choose another run") from None
 
+    def discard(self) -> None:
+        """Remove the directory with all that is in it."""
+        shutil.rmtree(self.path)
+
     def config(self) -> dict[str, Any]:
         try:
             plain: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))

@@ -182,7 +182,7 @@ def test_a_model_whose_heads_the_engine_lacks_is_refused_before_anything_is_made
 
 def test_what_vllm_refuses_is_one_line(tmp_path):
     for engine, hint in (
-        ("{no_such_argument: 1}", "rollout.engine takes arguments of vllm.LLM"),
+        ("{no_such_argument: 1}", "rollout.engine (kpo eval: eval.engine) takes arguments of vllm.LLM"),
         ("{kv_cache_memory_bytes: 1000}", "change its share"),
     ):
         with pytest.raises(UserError, match="vLLM cannot run this model") as caught:

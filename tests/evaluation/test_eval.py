@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from small_runs import train
 
 from kpo_cli.errors import UserError
+from kpo_cli.evaluation import main
 from kpo_cli.evaluation.main import run
 from kpo_cli.hydra_app import conf_dir
 from kpo_cli.rollout import HFSampler
@@ -90,6 +91,17 @@ def test_a_checkpoint_directory_and_its_run_are_the_same(trained, tmp_path):
     one = evaluate(tmp_path / "a", f"checkpoint='{trained}'")
     two = evaluate(tmp_path / "b", f"checkpoint='{trained}/checkpoints/step-000003'")
     assert one["benchmarks"] == two["benchmarks"]
+
+
+def test_an_engine_that_does_not_start_leaves_nothing_behind(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise UserError("no room")
+
+    monkeypatch.setattr(main, "usable_vllm", lambda policy: None)
+    monkeypatch.setattr(main, "VLLMEngine", refuse)
+    with pytest.raises(UserError, match="no room"):
+        evaluate(tmp_path / "e", "checkpoint=builtin", "eval.rollout=vllm")
+    assert not (tmp_path / "e").exists()
 
 
 def _evaluate_until(moment, out):

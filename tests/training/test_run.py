@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from killed import run_apart
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from small_runs import metrics, resume, same_weights, train, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,6 +121,15 @@ def test_resume_goes_on_to_the_same_bits(whole, tmp_path):
     assert same_weights(weights(short, 3), weights(whole, 3))
     # The short run evaluated at its own end, which the long one did as well (eval_every=2).
     assert metrics(short) == metrics(whole)
+
+
+def test_a_run_that_lacked_memory_resumes_with_settings_that_need_less(whole, tmp_path):
+    short = train(tmp_path / "run", "trainer.steps=2", "trainer.warmup_steps=1")
+    resume(short, "trainer.steps=3", "model.gradient_checkpointing=true", "rollout.batch_size=4")
+    stored = OmegaConf.load(short / "config.yaml")
+    assert (stored.model.gradient_checkpointing, stored.rollout.batch_size) == (True, 4)
+    first, second = weights(short, 3), weights(whole, 3)
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in second)
 
 
 def _train_until(events, run_dir):

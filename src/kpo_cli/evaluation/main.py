@@ -66,7 +66,8 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
     for item in asked:
         if _engine_name(item, config) == "vllm":
             usable_vllm(item.policy)
-    with _open(run_dir, settings, asked) as out:
+    new = not (run_dir / "config.yaml").is_file()
+    with _open(run_dir, new, settings, asked) as out:
         samples = SampleFile(out.path / "samples.jsonl", config.eval.n)
         console.print(f"evaluation: {out.path}", markup=False)
         for item in asked:
@@ -80,6 +81,10 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
                         _sample(item, benchmark, engine, config, samples, console)
         except SamplingFailed as error:
             raise RunStopped(f"{error}; the samples made are in {out.path}, the same command goes on") from error
+        except UserError:  # the engine did not start
+            if new and not samples.path.exists():
+                out.discard()
+            raise
         except KeyboardInterrupt:
             raise RunInterrupted(f"interrupted; the samples made are in {out.path}, the same command goes on") from None
         keys = {(item.role, b.name): b.problems for item in asked for b in benchmarks}
@@ -147,9 +152,9 @@ def _hash(benchmark: Benchmark) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _open(path: Path, settings: dict[str, Any], asked: list[Asked]) -> RunDir:
+def _open(path: Path, new: bool, settings: dict[str, Any], asked: list[Asked]) -> RunDir:
     """The evaluation's directory: a new one, or the one that this same evaluation has begun."""
-    if not (path / "config.yaml").is_file():
+    if new:
         return RunDir.create(path, settings, make_manifest(device=str(asked[0].policy.model.device)))
     out = RunDir.open(path)
     if out.config() != settings:

@@ -41,6 +41,7 @@ BATCHED_TOKENS = 8192
 STREAM_INTERVAL = 32
 """Tokens of a response between two reports of progress."""
 USE_HF = "set rollout=hf (kpo eval: eval.rollout=hf)"
+OPTIONS = "rollout.engine (kpo eval: eval.engine)"
 
 
 @dataclass(frozen=True)
@@ -312,14 +313,11 @@ def way_out(text: str) -> str:
     """What to do about an error of vLLM's."""
     text = text.lower()
     if any(word in text for word in ("out of memory", "free memory", "available memory", "kv cache", "cache blocks")):
-        return (
-            f"change its share with rollout.engine={{gpu_memory_utilization: 0.5}} "
-            f"(on a CPU kv_cache_memory_bytes), or {USE_HF}"
-        )
+        return f"change its share: gpu_memory_utilization, or kv_cache_memory_bytes on a CPU, in {OPTIONS}; or {USE_HF}"
     if any(word in text for word in ("compiler", "gcc", "g++", "ninja", "nvcc")):
-        return f"install a C++ compiler, or set rollout.engine={{enforce_eager: true}}, or {USE_HF}"
+        return f"install a C++ compiler, or set enforce_eager: true in {OPTIONS}, or {USE_HF}"
     if "unexpected keyword" in text:
-        return "rollout.engine takes arguments of vllm.LLM"
+        return f"{OPTIONS} takes arguments of vllm.LLM"
     return f"{USE_HF}; VLLM_LOGGING_LEVEL=INFO shows more"
 
 

@@ -173,7 +173,7 @@ def _sample(job: Training, progress: Progress, clock: "Clock", display: Display)
     """
     config, step = job.config.trainer, progress.step + 1
     pool: list[Group] = []
-    gaps: dict[str, float] = {}
+    gaps: list[dict[str, float]] = []
     failures, rollouts = 0, 0
     while rollouts < max(1, config.dynamic_sampling):
         prompts = [job.train[i] for i in _next_prompts(job, progress)]
@@ -185,7 +185,7 @@ def _sample(job: Training, progress: Progress, clock: "Clock", display: Display)
                 with _sampling(job):
                     responses = job.sampler.sample(ids, config.group_size, seed)
                 if job.check is not None:
-                    gaps = job.check(ids, responses)
+                    gaps.append(job.check(ids, responses))
             except torch.OutOfMemoryError:
                 raise RunStopped(f"step {step}: out of memory while sampling; {LESS_MEMORY}") from None
         display.phase("grading")
@@ -197,7 +197,8 @@ def _sample(job: Training, progress: Progress, clock: "Clock", display: Display)
         rollouts += 1
         if sum(not group.flat for group in pool) >= config.prompts_per_step:
             break
-    metrics = _sampling_metrics(pool) | {"grader_failures": failures, "rollouts": rollouts, **gaps}
+    metrics = _sampling_metrics(pool) | {"grader_failures": failures, "rollouts": rollouts}
+    metrics |= {name: max(gap[name] for gap in gaps) for gap in gaps[:1] for name in gap}
     if rollouts > 1:  # the sort is stable: within each kind the order of sampling stays
         pool = sorted(pool, key=lambda group: group.flat)[: config.prompts_per_step]
     return pool, metrics

@@ -50,18 +50,24 @@ from kpo_cli.training.step import Updater
 from kpo_cli.training.supervised import Demonstrations
 
 MAY_CHANGE = (
-    "steps",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "ratios_every",
-    "stop_after",
-    "offload_optimizer",
-    "max_tokens_per_micro_batch",
+    "trainer.steps",
+    "trainer.eval_every",
+    "trainer.checkpoint_every",
+    "trainer.keep_checkpoints",
+    "trainer.ratios_every",
+    "trainer.stop_after",
+    "trainer.offload_optimizer",
+    "trainer.max_tokens_per_micro_batch",
+    "model.gradient_checkpointing",
+    "rollout.batch_size",
+    "rollout.name",
+    "rollout.engine",
 )
-"""Trainer keys that a resumed run may change: they do not touch the weights of a step, but for rounding."""
-ENGINE_MAY_CHANGE = ("name", "engine")
-"""And keys of rollout: an engine that fails, has no room, or is not there any more must not hold a run captive."""
+"""What a resumed run may change, since it does not touch the weights of a step, but for rounding.
+
+A run that is out of memory needs some of it; and an engine that fails, has no room, or is not there any more must not
+hold a run captive.
+"""
 
 
 def run(raw: dict[str, Any]) -> None:
@@ -141,18 +147,15 @@ def _changed_config(stored: dict[str, Any], raw: dict[str, Any], overrides: list
             continue
         if key == "run_dir":
             raise UserError("run_dir= and resume= exclude each other; a resumed run stays where it is")
-        group, _, name = key.partition(".")
-        if group == "trainer" and name in MAY_CHANGE:
-            stored["trainer"][name] = raw["trainer"][name]
-        elif key == "rollout" or (group == "rollout" and name.split(".")[0] in ENGINE_MAY_CHANGE):
-            own = name.split(".")[0] or "name"
-            stored["rollout"][own] = raw["rollout"][own]
+        group, name = [*("rollout.name" if key == "rollout" else key).split("."), ""][:2]
+        if f"{group}.{name}" in MAY_CHANGE:
+            stored[group][name] = raw[group][name]
             if stored["rollout"]["name"] == "hf":
                 stored["rollout"]["engine"] = raw["rollout"]["engine"]  # arguments of vLLM go with it
         elif _value(raw, key) != _value(stored, key):
             raise UserError(
                 f"{override} differs from the run's own {_value(stored, key)}; a resumed run may change only "
-                f"{', '.join([*(f'trainer.{k}' for k in MAY_CHANGE), *(f'rollout.{k}' for k in ENGINE_MAY_CHANGE)])}"
+                f"{', '.join(MAY_CHANGE)}"
             )
     return train_config(stored)
 
