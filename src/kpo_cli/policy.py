@@ -240,6 +240,22 @@ def _way_out(error: BaseException) -> str:
     return "check that it is a causal language model for transformers"
 
 
+def context_of(model: Any) -> tuple[int | None, str]:
+    """The most tokens of a prompt and its response, None where none is known, and what to call them in an error.
+
+    LongRoPE has other frequencies for a whole batch as soon as one of its rows is longer than the original context: the
+    log-probabilities of a text would depend on those beside it, and not be the sampler's. So that context is the limit.
+    """
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # the others are by type of layer
+    original = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    if original and (context is None or min(original) < context):
+        return min(original), f"the {min(original)} tokens behind which LongRoPE gives a batch other positions"
+    return context, f"the model's context of {context} tokens"
+
+
 def _stop_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:
     """Every id that ends a response: the tokenizer's and those of the model's generation_config."""
     configured = model.generation_config.eos_token_id

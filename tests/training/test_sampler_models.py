@@ -18,9 +18,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kpo_cli.attention import decode_attention
 from kpo_cli.parallel import Workers
+from kpo_cli.policy import context_of
 from kpo_cli.rollout import HFSampler, Response
 from kpo_cli.rollout.cache import GrowingLayer, spread
-from kpo_cli.rollout.hf import forward_changes_model, invert_cdf, survivors
+from kpo_cli.rollout.hf import invert_cdf, survivors
 
 SMALL = {
     "vocab_size": 120,
@@ -36,12 +37,21 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 4.0, 8.0, 16.0],
+}
 WINDOWED = SMALL | {"sliding_window": 8}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", SMALL),
     "llama": ("Llama", SMALL),
     "mistral": ("Mistral", WINDOWED),
     "phi3": ("Phi3", WINDOWED),
+    "dynamic": ("Llama", SMALL | {"rope_parameters": DYNAMIC}),
+    "longrope": ("Phi3", SMALL | {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE}),
     "gemma2": ("Gemma2", WINDOWED | {"attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
     "gemma3": ("Gemma3", WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]}),
     "gpt2": ("GPT2", {"vocab_size": 120, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}),
@@ -145,19 +155,31 @@ def test_batches_are_of_like_length_and_equal_size():
     assert sampler_of(model_of("qwen3")).sample([], 2, (0,)) == []
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    model = model_of("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "dynamic", "longrope"])  # of the last two, modules write in every pass
+def test_results_do_not_depend_on_the_number_of_threads(name: str):
+    model = model_of(name)
     prompts = PROMPTS * 3
     results = [sampler_of(model, batch_size=8, workers=Workers(n)).sample(prompts, 4, (5,)) for n in (1, 2, 2)]
     assert results[0] == results[1] == results[2]  # log-probabilities too, to the bit
 
 
-def test_a_model_that_its_forward_pass_changes_stays_in_one_thread():
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, rope_parameters=rope))
-    assert forward_changes_model(model)
-    assert sampler_of(model, workers=Workers(2)).workers.count == 1
-    assert not any(forward_changes_model(model_of(name)) for name in SHAPES)
+@torch.no_grad()
+def test_the_context_ends_where_a_text_would_depend_on_those_beside_it():
+    model = model_of("longrope")
+    limit, called = context_of(model)
+    assert limit == 64
+    assert called == "the 64 tokens behind which LongRoPE gives a batch other positions"
+    alone = model(torch.tensor([PROMPTS[0]])).logits[0]
+
+    def beside(length: int) -> torch.Tensor:
+        ids = torch.ones(2, length, dtype=torch.long)
+        ids[0, : len(alone)] = torch.tensor(PROMPTS[0])
+        return model(ids).logits[0, : len(alone)]
+
+    assert (beside(limit) - alone).abs().max() < 1e-5
+    assert (beside(limit + 1) - alone).abs().max() > 1e-2
+    assert context_of(model_of("dynamic")) == (256, "the model's context of 256 tokens")
+    assert context_of(model_of("bloom"))[0] is None
 
 
 @pytest.mark.parametrize("workers", [1, 2])

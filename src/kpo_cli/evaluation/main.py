@@ -20,7 +20,7 @@ from kpo_cli.evaluation.config import EvalConfig
 from kpo_cli.evaluation.samples import Key, Row, SampleFile, make_rows, read_rows, regraded
 from kpo_cli.evaluation.subject import Subject, find_subjects
 from kpo_cli.parallel import Workers
-from kpo_cli.policy import Policy, share_threads
+from kpo_cli.policy import Policy, context_of, share_threads
 from kpo_cli.rollout import HFSampler, Sampler, VLLMSampler
 from kpo_cli.rollout.check import RESPONSES, SamplerCheck, model_score
 from kpo_cli.rollout.engine import VLLMEngine, choose_engine, usable_vllm
@@ -97,7 +97,7 @@ def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalC
     policy = subject.load()
     workers = share_threads(None, policy.parameters, policy.model.device)
     prompts = {}
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    context, called = context_of(policy.model)
     for benchmark in benchmarks:
         builder = subject.prompts(policy, benchmark.has_instruction)
         built = [builder.build(problem) for problem in benchmark.problems]
@@ -110,8 +110,7 @@ def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalC
         if context is not None and longest + config.eval.max_tokens > context:
             raise UserError(
                 f"{benchmark.name}: a prompt of {longest} tokens and eval.max_tokens={config.eval.max_tokens} exceed "
-                f"the context of {context} tokens of {subject.label}; "
-                f"lower eval.max_tokens to {max(1, context - longest)}"
+                f"{called} ({subject.label}); lower eval.max_tokens to {max(1, context - longest)}"
             )
         prompts[benchmark.name] = built
     return Asked(role, subject, policy, workers, prompts)

@@ -67,10 +67,9 @@ class HFSampler:
         self.top_p = top_p
         self.max_response_tokens = max_response_tokens
         self.check_every = 1 if model.device.type == "cpu" else CUDA_CHECK_EVERY
-        own_rotary = forward_changes_model(model)
-        self.workers = Workers() if workers is None or own_rotary else workers
+        self.workers = Workers() if workers is None else workers
         small = model.device.type == "cpu" and model.num_parameters() < SMALL_MODEL
-        self.lean = small and not own_rotary and decoder.fits(model)
+        self.lean = small and decoder.fits(model)
         self.batch_size = min(batch_size, LEAN_BATCH) if self.lean else batch_size
         self.progress = progress
 
@@ -290,16 +289,6 @@ def survivors(ended: Tensor) -> Tensor:
     order = torch.arange(len(alive), device=ended.device)
     order[holes] = alive[alive >= len(alive)]
     return order
-
-
-def forward_changes_model(model: Any) -> bool:
-    """Whether a forward pass writes to the model, as rotary embeddings do that fit themselves to the length.
-
-    Then two threads must not share it.
-    """
-    kinds = [module.rope_type for module in model.modules() if hasattr(module, "rope_type")]
-    names = chain(*(kind.values() if isinstance(kind, dict) else [kind] for kind in kinds))
-    return any("dynamic" in name or name == "longrope" for name in names)
 
 
 def invert_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:

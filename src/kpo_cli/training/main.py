@@ -26,10 +26,10 @@ from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import load_benchmarks
 from kpo_cli.lora import halve_frozen_layers, without_adapters
-from kpo_cli.parallel import Workers
 from kpo_cli.policy import (
     Policy,
     choose_device,
+    context_of,
     load_policy,
     loading_errors,
     model_identity,
@@ -37,7 +37,6 @@ from kpo_cli.policy import (
     transformers_config,
 )
 from kpo_cli.rollout.engine import choose_engine
-from kpo_cli.rollout.hf import forward_changes_model
 from kpo_cli.runs import RunDir, check_new, default_run_dir, make_manifest, path_of
 from kpo_cli.training.display import Display, describe_filter, result_table
 from kpo_cli.training.forward import Scorer, make_packable
@@ -208,12 +207,12 @@ def _check_fit(config: TrainConfig) -> list[str]:
 
 
 def _check_context(config: TrainConfig, policy: Policy) -> None:
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    context, called = context_of(policy.model)
     prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
     if context is not None and prompt + response > context:
         raise UserError(
-            f"rollout.max_prompt_tokens={prompt} and rollout.max_response_tokens={response} exceed the model's "
-            f"context of {context} tokens; lower one of them"
+            f"rollout.max_prompt_tokens={prompt} and rollout.max_response_tokens={response} exceed {called}; "
+            f"lower one of them"
         )
 
 
@@ -245,7 +244,6 @@ def _assemble(
     """All live objects of a run, and what the user should know about them."""
     trainer, rollout = config.trainer, config.rollout
     workers = share_threads(trainer.threads, policy.parameters, policy.model.device)
-    own_rotary = forward_changes_model(policy.model)
     _check_context(config, policy)
     builder = PromptBuilder(policy.tokenizer, config.model, config.data)
     train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
@@ -273,12 +271,9 @@ def _assemble(
         max_tokens=trainer.max_tokens_per_micro_batch or max_tokens(policy.parameters, policy.model.device),
         max_grad_norm=trainer.max_grad_norm,
         mask_truncated=trainer.mask_truncated,
-        sampler_log_probs=trainer.old_log_probs == "auto"
-        and rollout.name == "hf"
-        and policy.dtype == "float32"
-        and not own_rotary,  # what it computes depends on the longest text so far
+        sampler_log_probs=trainer.old_log_probs == "auto" and rollout.name == "hf" and policy.dtype == "float32",
         reference=_reference(config, scorer),
-        workers=Workers() if own_rotary else workers,
+        workers=workers,
     )
     demonstrations = Demonstrations(config, builder, policy)
     if trainer.supervised.steps:
