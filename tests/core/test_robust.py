@@ -57,6 +57,8 @@ def test_triton_equals_torch():
     process = subprocess.run(
         [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
+    if "only 0-dimensional arrays can be converted" in process.stderr:
+        pytest.skip("the interpreter of Triton 3.6 does not run with numpy 2.4")
     assert process.stdout.strip() == "equal", process.stderr[-2000:]
 
 

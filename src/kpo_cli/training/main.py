@@ -203,7 +203,8 @@ def _check_fit(config: TrainConfig) -> list[str]:
     with loading_errors(config.model):
         plan = plan_memory(config, transformers_config(config.model), device, half)
     warning = check_memory(plan)
-    return [plan.describe(), *([f"warning: {warning}"] if warning else [])]
+    beside = "; what vLLM takes comes on top" if config.rollout.name == "vllm" else ""
+    return [plan.describe() + beside, *([f"warning: {warning}"] if warning else [])]
 
 
 def _check_context(config: TrainConfig, policy: Policy) -> None:
