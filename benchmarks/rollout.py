@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from kpo_cli.parallel import Workers
+from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler, VLLMSampler
 from kpo_cli.rollout.engine import VLLMEngine
 

@@ -56,10 +56,10 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kpo_cli.core import linear_log_probs, load_objective, token_log_probs
-from kpo_cli.rollout import Response
+from kpo_cli.policy.batch import Batch, make_batch
+from kpo_cli.policy.response import Response
+from kpo_cli.policy.scorer import Scorer, make_packable
 from kpo_cli.training import forward
-from kpo_cli.training.batch import Batch, make_batch
-from kpo_cli.training.forward import Scorer, make_packable
 from kpo_cli.training.step import Updater
 
 GIB = 2**30

@@ -27,7 +27,7 @@ def _compose(*overrides: str) -> dict[str, Any]:
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    from kpo_cli.hydra_app import conf_dir
+    from kpo_cli.cli.compose import conf_dir
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -94,7 +94,7 @@ def kpo(
     import torch
     from hydra.core.global_hydra import GlobalHydra
 
-    from kpo_cli import cli
+    from kpo_cli.cli import main as cli
 
     threads, handlers, level = torch.get_num_threads(), logging.root.handlers[:], logging.root.level
     monkeypatch.chdir(tmp_path)

@@ -12,12 +12,12 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
+from kpo_cli.cli.compose import conf_dir
 from kpo_cli.config import as_dict, convert, data_label, model_label, resolve_filter, train_config
 from kpo_cli.core import kalman_meaning, list_methods, load_objective
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import BenchmarkSource
 from kpo_cli.evaluation.config import EvalConfig
-from kpo_cli.hydra_app import conf_dir
 from kpo_cli.training.main import make_objective
 
 GROUPS = ["model", "method", "filter", "data", "rollout", "trainer", "experiment"]

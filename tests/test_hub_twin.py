@@ -24,17 +24,18 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kpo_cli.cli.compose import conf_dir
 from kpo_cli.config import DataConfig, ModelConfig, train_config
 from kpo_cli.data.load import load_problems
 from kpo_cli.data.problems import Problem
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
-from kpo_cli.hydra_app import conf_dir
-from kpo_cli.policy import Policy, load_policy
-from kpo_cli.rollout import HFSampler, Response
-from kpo_cli.training.batch import Batch, make_batch
-from kpo_cli.training.forward import Scorer, make_packable
-from kpo_cli.training.state import Progress, save_checkpoint
+from kpo_cli.policy.batch import Batch, make_batch
+from kpo_cli.policy.load import Policy, load_policy
+from kpo_cli.policy.response import Response
+from kpo_cli.policy.scorer import Scorer, make_packable
+from kpo_cli.rollout import HFSampler
+from kpo_cli.runs.checkpoints import Progress, save_checkpoint
 
 SHAPES = tuple(hub_twin.SHAPES)
 HOSTILE = {"do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.6, "repetition_penalty": 1.05}

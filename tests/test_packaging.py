@@ -58,7 +58,9 @@ def test_an_installed_copy_works_from_anywhere(wheel: Path, tmp_path: Path):
     work = tmp_path / "work"
     work.mkdir()
 
-    def run(*arguments: str, code: str = "from kpo_cli.cli import main; main()") -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, code: str = "from kpo_cli.cli.main import main; main()"
+    ) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", code, *arguments]
         return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)

@@ -41,7 +41,7 @@ class IsolatedLauncher(Launcher):
         self.sweep_dir = Path()
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        from kpo_cli.hydra_app import split_arguments
+        from kpo_cli.cli.compose import split_arguments
 
         # kpo set sys.argv to ["kpo train", options ..., overrides ...]; a job gets the same options but for -m.
         flags, _ = split_arguments(sys.argv[1:])
@@ -67,7 +67,7 @@ class IsolatedLauncher(Launcher):
         return [JobReturn(overrides=job, status=JobStatus.COMPLETED) for job in jobs]
 
     def _run_dir(self, number: int, overrides: list[str], label: str) -> Path:
-        from kpo_cli.hydra_app import value_of
+        from kpo_cli.cli.compose import value_of
 
         own = [value_of(override) for override in overrides if override.startswith(("run_dir=", "resume="))]
         if own:
@@ -77,7 +77,7 @@ class IsolatedLauncher(Launcher):
         return self.sweep_dir / (f"{number}-{readable}" if readable else str(number))
 
     def _run(self, overrides: list[str], run_dir: Path) -> int:
-        from kpo_cli.hydra_app import SHOW_TRACES, quote_value
+        from kpo_cli.cli.compose import SHOW_TRACES, quote_value
 
         job = [override for override in overrides if not override.startswith("run_dir=")]
         if not any(override.startswith("resume=") for override in overrides):

@@ -1,3 +1,3 @@
-from kpo_cli.cli import main
+from kpo_cli.cli.main import main
 
 main()

@@ -5,7 +5,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from kpo_cli.analysis.config import analyze_config
-from kpo_cli.hydra_app import conf_dir
+from kpo_cli.cli.compose import conf_dir
 
 QUICK = ("nulls.draws=20", "nulls.tokens=2000", "bootstrap=40", "time_constants=[]")
 

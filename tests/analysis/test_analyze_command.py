@@ -10,7 +10,7 @@ from ratio_files import write_run
 from rich.console import Console
 from test_comparison import make_run
 
-from kpo_cli.analysis.records import find_source
+from kpo_cli.analysis.source import find_source
 from kpo_cli.analysis.watch import watch
 
 

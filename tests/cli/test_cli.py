@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kpo_cli import cli
 from kpo_cli.builtin import POLICY_DIR
+from kpo_cli.cli import main as cli
 
 Setup = Callable[[Path], Any]
 ROWS = [{"id": f"p{i}", "problem": f"{i}+1?", "answer": str((i + 1) % 10)} for i in range(20)]
@@ -31,7 +31,7 @@ def jsonl(rows: list[Any]) -> str:
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_help_and_version_answer_without_the_heavy_imports(argument: str, tmp_path: Path):
     probe = (
-        "import sys\nfrom kpo_cli import cli\n"
+        "import sys\nfrom kpo_cli.cli import main as cli\n"
         f"sys.argv = ['kpo', {argument!r}]\n"
         "try:\n    cli.main()\nfinally:\n"
         "    heavy = {'torch', 'hydra', 'omegaconf', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\n"
@@ -61,7 +61,7 @@ def test_eval_asks_for_a_checkpoint(kpo):
 
 def test_bad_configuration_is_found_without_torch(tmp_path: Path):
     probe = (
-        "import sys\nfrom kpo_cli import cli\nsys.argv = ['kpo', 'train', 'trainr.steps=3']\n"
+        "import sys\nfrom kpo_cli.cli import main as cli\nsys.argv = ['kpo', 'train', 'trainr.steps=3']\n"
         "try:\n    cli.main()\nfinally:\n    assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -475,7 +475,7 @@ def test_resume_from_a_configuration_that_is_none(kpo, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["it's a b", 'say "x"', "a=b,c", "Größe-訓練", "a\\b", "x/y/z", "7", "[x] (1) $HOME"])
 def test_odd_names_of_run_directories(name: str, kpo, small: list[str], tmp_path: Path):
-    from kpo_cli.hydra_app import quote_value
+    from kpo_cli.cli.compose import quote_value
 
     result = kpo("train", *small, f"run_dir={quote_value(name)}")
     assert (result.code, result.err) == (0, "")
@@ -536,7 +536,7 @@ def test_ctrl_c_is_one_line(kpo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     def interrupt(raw: dict[str, Any]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kpo_cli.cli._train", interrupt)
+    monkeypatch.setattr("kpo_cli.cli.main._train", interrupt)
     assert kpo("train") == (130, "", "kpo: interrupted\n")
 
 
@@ -546,7 +546,7 @@ def test_a_defect_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch
     def fail(raw: dict[str, Any]) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("kpo_cli.cli._train", fail)
+    monkeypatch.setattr("kpo_cli.cli.main._train", fail)
     monkeypatch.setattr(sys, "argv", ["kpo", "train"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     with pytest.raises(ZeroDivisionError):

@@ -142,7 +142,7 @@ def test_quoted_values_can_be_swept(started):
 
 @pytest.mark.parametrize("name", ["it's a b", "a=b,c", "Größe\\x"])
 def test_odd_names_of_sweep_directories(name: str, started, tmp_path: Path):
-    from kpo_cli.hydra_app import quote_value
+    from kpo_cli.cli.compose import quote_value
 
     result, jobs = started("seed=0,1", f"run_dir={quote_value(name)}")
     assert (result.code, result.err) == (0, "")

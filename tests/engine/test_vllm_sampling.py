@@ -1,4 +1,4 @@
-"""vLLM draws from exactly softmax(logits / temperature): what tests/training/test_sampler.py asks of transformers."""
+"""vLLM draws from exactly softmax(logits / temperature): what tests/rollout/test_sampler.py asks of transformers."""
 # ruff: noqa: F811 - `model` is test_sampler's fixture
 
 import pytest

@@ -12,7 +12,7 @@ import torch
 from conftest import compose
 
 from kpo_cli.config import train_config
-from kpo_cli.policy import load_policy
+from kpo_cli.policy.load import load_policy
 from kpo_cli.rollout import VLLMSampler
 from kpo_cli.rollout.check import SamplerCheck, model_score
 from kpo_cli.rollout.engine import VLLMEngine

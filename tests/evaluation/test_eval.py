@@ -14,10 +14,10 @@ from killed import run_apart
 from omegaconf import OmegaConf
 from small_runs import train
 
+from kpo_cli.cli.compose import conf_dir
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation import main
 from kpo_cli.evaluation.main import run
-from kpo_cli.hydra_app import conf_dir
 from kpo_cli.rollout import HFSampler
 from kpo_cli.rollout.hf import nucleus
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kpo_cli.evaluation import statistics as s
+from kpo_cli.intervals import accuracy as s
 
 
 def test_pass_at_k_equals_its_definition_by_brute_force():

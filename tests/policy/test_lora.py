@@ -16,10 +16,10 @@ from kpo_cli.config import ModelConfig, convert
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.config import EvalConfig
 from kpo_cli.evaluation.subject import find_subjects
-from kpo_cli.lora import adaptable, adapted, halve_frozen_layers, named_weights, without_adapters
-from kpo_cli.policy import load_policy
+from kpo_cli.policy.load import load_policy
+from kpo_cli.policy.lora import adaptable, adapted, halve_frozen_layers, named_weights, without_adapters
+from kpo_cli.policy.memory import GIB, check_memory, plan_memory
 from kpo_cli.training.main import run
-from kpo_cli.training.memory import GIB, check_memory, plan_memory
 
 SETTINGS = [
     "model=hub",
@@ -141,7 +141,7 @@ def evaluated(path):
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from kpo_cli.hydra_app import conf_dir
+    from kpo_cli.cli.compose import conf_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         raw = OmegaConf.to_container(compose("eval", [f"checkpoint='{path}'", "benchmarks=[x]"]), resolve=True)
@@ -197,8 +197,8 @@ def test_the_reference_kl_is_the_one_to_a_separate_copy(data, tmp_path, monkeypa
     def copied(model):
         return copy.deepcopy(load_policy(model_config(hub_twin.shared_model("qwen3"))).model).requires_grad_(False)
 
-    monkeypatch.setattr("kpo_cli.training.main.without_adapters", copied)
-    monkeypatch.setattr("kpo_cli.training.main._scorer", padded)
+    monkeypatch.setattr("kpo_cli.training.assemble.without_adapters", copied)
+    monkeypatch.setattr("kpo_cli.training.assemble._scorer", padded)
     separate = train(tmp_path / "separate", data)
     for one, two in zip(metrics(shared)[1:], metrics(separate)[1:], strict=True):
         assert one["ref_kl"] == pytest.approx(two["ref_kl"], rel=1e-3, abs=1e-7)
@@ -209,7 +209,7 @@ def test_the_reference_kl_is_the_one_to_a_separate_copy(data, tmp_path, monkeypa
 
 def padded(policy, temperature):
     """A copy of its own is not switched to packed attention, so both are left as they are."""
-    from kpo_cli.training.forward import Scorer
+    from kpo_cli.policy.scorer import Scorer
 
     return Scorer(policy.model, temperature), []
 
@@ -357,7 +357,7 @@ def train_config_of(shape, device, data, targets="all-linear", *overrides):
 
 
 def planned(config):
-    from kpo_cli.policy import transformers_config
+    from kpo_cli.policy.load import transformers_config
 
     return plan_memory(config, transformers_config(config.model), torch.device("cpu"), False)
 
@@ -384,7 +384,7 @@ class TestEightBillionParameters:
     def plan(self, data, monkeypatch, *overrides, half=True, free=80 * GIB):
         from transformers import Qwen3Config
 
-        monkeypatch.setattr("kpo_cli.training.memory._free", lambda device: free)
+        monkeypatch.setattr("kpo_cli.policy.memory._free", lambda device: free)
         config = train_config_of("qwen3", "cpu", data, "all-linear", "trainer.kl_coefficient=0", *overrides)
         return plan_memory(config, Qwen3Config(**QWEN3_8B), torch.device("cuda", 0), half)
 

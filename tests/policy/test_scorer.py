@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from kpo_cli.core.methods import METHODS, load_objective
-from kpo_cli.rollout import Response
-from kpo_cli.training.batch import make_batch
-from kpo_cli.training.forward import Scorer, make_packable, pack
+from kpo_cli.policy.batch import make_batch
+from kpo_cli.policy.response import Response
+from kpo_cli.policy.scorer import Scorer, make_packable, pack
 
 VOCABULARY = 97
 SHAPE = {

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from kpo_cli.parallel import Workers
+from kpo_cli.policy.threads import Workers
 
 
 @pytest.mark.parametrize("count", [1, 3])

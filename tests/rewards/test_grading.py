@@ -13,7 +13,7 @@ from kpo_cli.rewards.extraction import extract
 from kpo_cli.rewards.normalize import LIMIT, RAW_LIMIT, normalize
 from kpo_cli.rewards.numbers import read_number
 
-DATA = Path(os.environ.get("KPO_SHARED_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
+DATA = Path(os.environ.get("KPO_SHARED_DATA", Path(__file__).resolve().parents[2] / ".." / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of benchmark files (KPO_SHARED_DATA) is absent")
 
 # (gold, content of the box): what must be accepted.

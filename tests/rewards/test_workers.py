@@ -274,7 +274,7 @@ def test_identical_answers_are_graded_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_ten_thousand_ordinary_answers() -> None:
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "grading.py"
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "grading.py"
     spec = importlib.util.spec_from_file_location("grading_benchmark", path)
     assert spec is not None
     assert spec.loader is not None

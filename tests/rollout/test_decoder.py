@@ -9,9 +9,10 @@ import transformers
 from test_sampler_models import PROMPTS, SMALL, STOPS, log_softmax_behind, model_of
 
 from kpo_cli.config import LoraConfig
-from kpo_cli.lora import add_adapters
-from kpo_cli.parallel import Workers
-from kpo_cli.rollout import HFSampler, Response, decoder, hf
+from kpo_cli.policy.lora import add_adapters
+from kpo_cli.policy.response import Response
+from kpo_cli.policy.threads import Workers
+from kpo_cli.rollout import HFSampler, decoder, hf
 from kpo_cli.rollout.decoder import Decoder
 
 LONG = {"rope_type": "linear", "factor": 3.0, "rope_theta": 1_000.0}

@@ -16,10 +16,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from kpo_cli.attention import decode_attention
-from kpo_cli.parallel import Workers
-from kpo_cli.policy import context_of
-from kpo_cli.rollout import HFSampler, Response
+from kpo_cli.policy.attention import decode_attention
+from kpo_cli.policy.load import context_of
+from kpo_cli.policy.response import Response
+from kpo_cli.policy.threads import Workers
+from kpo_cli.rollout import HFSampler
 from kpo_cli.rollout.cache import GrowingLayer, spread
 from kpo_cli.rollout.hf import invert_cdf, survivors
 

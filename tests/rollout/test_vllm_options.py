@@ -12,14 +12,17 @@ from small_runs import raw_config
 from kpo_cli.config import as_dict, train_config
 from kpo_cli.core import TruncatedImportance
 from kpo_cli.errors import RunStopped, SamplingFailed, UserError
-from kpo_cli.rollout import Response, VLLMSampler
+from kpo_cli.policy.response import Response
+from kpo_cli.rollout import VLLMSampler
 from kpo_cli.rollout import engine as engines
 from kpo_cli.rollout.check import BFLOAT16_MEAN, FLOAT32_MAX, RESPONSES, SamplerCheck, spread
 from kpo_cli.rollout.engine import Request, choose_engine, way_out
 from kpo_cli.rollout.vllm import request_seed
+from kpo_cli.training.assemble import make_objective
+from kpo_cli.training.check import changed_config
 from kpo_cli.training.display import Display
 from kpo_cli.training.loop import Clock, _evaluate, _sampling
-from kpo_cli.training.main import _changed_config, make_objective, run
+from kpo_cli.training.main import run
 
 
 class FakeEngine:
@@ -130,11 +133,11 @@ def test_memory_is_given_back_after_a_failure_too():
 def test_a_resumed_run_may_leave_its_engine_or_give_it_other_arguments(overrides, name, engine):
     """Every line that ends a run with vLLM names one of the two as a way out."""
     started = as_dict(train_config(compose("rollout=vllm", "++rollout.engine={max_num_seqs: 8}")))
-    resumed = _changed_config(started, compose(*overrides), overrides)
+    resumed = changed_config(started, compose(*overrides), overrides)
     assert (resumed.rollout.name, resumed.rollout.engine) == (name, engine)
     assert (make_objective(resumed).correction is None) == (name == "hf")
     with pytest.raises(UserError, match=r"differs from the run's own 1.0.*rollout.name, rollout.engine"):
-        _changed_config(started, compose("rollout.temperature=0.5"), ["rollout.temperature=0.5"])
+        changed_config(started, compose("rollout.temperature=0.5"), ["rollout.temperature=0.5"])
 
 
 def test_an_interruption_is_not_tried_again(monkeypatch):

@@ -11,8 +11,9 @@ import torch
 from ratio_files import tensors, write_record, write_run
 from safetensors.torch import save_file
 
-from kpo_cli.analysis.records import BadRecord, find_source, joined, read_file
+from kpo_cli.analysis.source import find_source, read_file
 from kpo_cli.errors import UserError
+from kpo_cli.runs.ratios import BadRecord, joined
 
 
 def read(path):

@@ -7,8 +7,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from kpo_cli.cli.compose import conf_dir
 from kpo_cli.config import ModelConfig, convert
-from kpo_cli.hydra_app import conf_dir
 from kpo_cli.training.main import run
 
 SMALL = [

@@ -8,9 +8,9 @@ import torch
 from small_runs import metrics, raw_config, resume, same_weights, train, weights
 
 from kpo_cli.config import train_config
-from kpo_cli.rollout import Response
-from kpo_cli.training import main
-from kpo_cli.training.forward import Scorer
+from kpo_cli.policy.response import Response
+from kpo_cli.policy.scorer import Scorer
+from kpo_cli.training import assemble
 from kpo_cli.training.loop import Group, _overlong_penalty
 
 
@@ -115,7 +115,7 @@ def test_a_reference_that_cannot_be_packed_is_padded(monkeypatch):
     raw = raw_config("trainer.kl_coefficient=0.1")
     config = train_config({key: raw[key] for key in raw if key not in ("run_dir", "resume", "overrides")})
     scorer = Scorer(None, 0.8, packed=True)
-    monkeypatch.setattr(main, "make_packable", lambda model: "log-probabilities differ by 0.00011")
-    assert not main._reference(config, scorer).packed
+    monkeypatch.setattr(assemble, "make_packable", lambda model: "log-probabilities differ by 0.00011")
+    assert not assemble._reference(config, scorer).packed
     monkeypatch.undo()
-    assert main._reference(config, scorer).packed
+    assert assemble._reference(config, scorer).packed

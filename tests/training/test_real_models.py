@@ -12,8 +12,8 @@ from small_runs import metrics, raw_config, resume, same_weights, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from kpo_cli.errors import UserError
+from kpo_cli.policy.memory import GIB, MemoryPlan, check_memory
 from kpo_cli.training.main import run
-from kpo_cli.training.memory import GIB, MemoryPlan, check_memory
 
 SETTINGS = [
     "trainer.steps=2",

@@ -223,7 +223,7 @@ def test_a_run_is_never_shared(whole):
 
 
 def test_two_processes_cannot_resume_one_run(whole):
-    from kpo_cli.runs import RunDir
+    from kpo_cli.runs.directory import RunDir
 
     with RunDir.open(whole), pytest.raises(UserError, match="in use by another process"):
         resume(whole, "trainer.steps=4")

@@ -21,9 +21,9 @@ from kpo_cli.data.arithmetic import arithmetic_problems, chains
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import RunInterrupted, RunPaused, RunStopped, UserError
 from kpo_cli.evaluation.benchmarks import BUILTIN
-from kpo_cli.policy import load_policy, transformers_config
+from kpo_cli.policy.load import load_policy, transformers_config
+from kpo_cli.policy.scorer import Scorer
 from kpo_cli.training import main, supervised
-from kpo_cli.training.forward import Scorer
 from kpo_cli.training.step import Updater
 from kpo_cli.training.supervised import Demonstrations
 

@@ -8,11 +8,11 @@ import transformers
 from small_runs import model_config
 
 from kpo_cli.core import load_objective
-from kpo_cli.parallel import Workers
-from kpo_cli.policy import load_policy
+from kpo_cli.policy.batch import make_batch
+from kpo_cli.policy.load import load_policy
+from kpo_cli.policy.scorer import Scorer, make_packable
+from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler
-from kpo_cli.training.batch import make_batch
-from kpo_cli.training.forward import Scorer, make_packable
 from kpo_cli.training.step import Updater
 
 PROMPTS = [b"8-6-9+7?", b"1+1?", b"3*3*3-2-2?", b"9-9?"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from kpo_cli.analysis.records import BadRecord, Batch, checked_batch
-from kpo_cli.runs import first_line
+from kpo_cli.runs.directory import first_line
+from kpo_cli.runs.ratios import BadRecord, Ratios, checked_batch
 
 CHUNK = 256
 """Responses read at once."""
@@ -30,7 +30,7 @@ INTEGERS = ("step", "prompt_index", "mini_batch_index")
 SYNONYMS = {"response_mask": "mask", "advantages": "advantage", "rewards": "reward"}
 
 
-def read_parquet(path: Path) -> Iterator[Batch]:
+def read_parquet(path: Path) -> Iterator[tuple[Ratios, dict[str, Any]]]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -40,13 +40,13 @@ def read_parquet(path: Path) -> Iterator[Batch]:
         columns = [name for name in file.schema_arrow.names if name in wanted]
         start = 0
         for chunk in file.iter_batches(CHUNK, columns=columns):
-            yield _batch(chunk.to_pylist(), [f"row {start + i}" for i in range(len(chunk))])
+            yield _batch(chunk.to_pylist(), [f"row {start + i}" for i in range(len(chunk))]), {}
             start += len(chunk)
     except arrow.ArrowException as error:
         raise BadRecord(f"truncated or not a parquet file ({first_line(error)})") from None
 
 
-def read_jsonl(path: Path) -> Iterator[Batch]:
+def read_jsonl(path: Path) -> Iterator[tuple[Ratios, dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     places: list[str] = []
     try:
@@ -56,12 +56,12 @@ def read_jsonl(path: Path) -> Iterator[Batch]:
                     rows.append(_parsed(line, number))
                     places.append(f"line {number}")
                 if len(rows) == CHUNK:
-                    yield _batch(rows, places)
+                    yield _batch(rows, places), {}
                     rows, places = [], []
     except UnicodeDecodeError:
         raise BadRecord("not a text in UTF-8") from None
     if rows:
-        yield _batch(rows, places)
+        yield _batch(rows, places), {}
 
 
 def _parsed(line: str, number: int) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _parsed(line: str, number: int) -> dict[str, Any]:
     return row
 
 
-def _batch(rows: list[dict[str, Any]], places: list[str]) -> Batch:
+def _batch(rows: list[dict[str, Any]], places: list[str]) -> Ratios:
     """Rows as a batch. What one row of a chunk has, all must have."""
     rows = [{SYNONYMS.get(name, name): value for name, value in row.items() if value is not None} for row in rows]
     lengths = [_length(row, place) for row, place in zip(rows, places, strict=True)]

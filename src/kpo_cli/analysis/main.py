@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kpo_cli.analysis.analyse import analyse
 from kpo_cli.analysis.config import AnalyzeConfig, analyze_config
-from kpo_cli.analysis.display import ReadingBar
-from kpo_cli.analysis.records import Source, find_source
-from kpo_cli.analysis.report import write_analysis
-from kpo_cli.analysis.tables import terminal_tables
-from kpo_cli.analysis.words import summary
+from kpo_cli.analysis.report.page import write_analysis
+from kpo_cli.analysis.report.tables import terminal_tables
+from kpo_cli.analysis.report.terminal import ReadingBar
+from kpo_cli.analysis.report.words import summary
+from kpo_cli.analysis.source import Source, find_source
+from kpo_cli.analysis.statistics.analyse import analyse
 from kpo_cli.errors import UserError
 
 
@@ -80,7 +80,7 @@ def check_writable(folder: Path) -> None:
 
 
 def _several(sources: list[Source], config: AnalyzeConfig, console: Console) -> None:
-    from kpo_cli.analysis.comparison import compare
+    from kpo_cli.analysis.compare.comparison import compare
 
     base = Path("outputs") / "analyze" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(config.run_dir) if config.run_dir is not None else base

@@ -7,14 +7,15 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from kpo_cli.analysis.compare.curves import Run, load_run
 from kpo_cli.analysis.config import AnalyzeConfig
-from kpo_cli.analysis.curves import Run, load_run
-from kpo_cli.analysis.records import BadRecord, Source, find_source, read_file
-from kpo_cli.analysis.series import Series, series_of
-from kpo_cli.analysis.spectrum import spectra
-from kpo_cli.analysis.sums import response_sums, statistics
-from kpo_cli.analysis.tables import Table, number
+from kpo_cli.analysis.report.tables import Table, number
+from kpo_cli.analysis.source import Source, find_source, read_file
+from kpo_cli.analysis.statistics.series import Series, series_of
+from kpo_cli.analysis.statistics.spectrum import spectra
+from kpo_cli.analysis.statistics.sums import response_sums, statistics
 from kpo_cli.errors import UserError
+from kpo_cli.runs.ratios import BadRecord
 
 SHOWN = {
     "reward_mean": "reward",

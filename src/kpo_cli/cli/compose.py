@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kpo_cli.errors import UserError
-from kpo_cli.runs import check_new, missing_parents, remove_empty
+from kpo_cli.runs.directory import check_new, missing_parents, remove_empty
 
 IMPLIED_GROUPS = {"model.path": "model=hub", "data.path": "data=file"}
 OPEN_MAPPINGS = ("model.chat_template_kwargs", "chat_template_kwargs", "rollout.engine", "eval.engine")
@@ -35,7 +35,7 @@ SHOW_TRACES = os.environ.get("HYDRA_FULL_ERROR") == "1"
 def conf_dir() -> Path:
     """The configuration directory: inside the installed package, or at the top of a source checkout."""
     here = Path(__file__).resolve().parent
-    return next(path for path in (here / "conf", here.parents[1] / "conf") if path.is_dir())
+    return next(path for path in (here.parent / "conf", here.parents[2] / "conf") if path.is_dir())
 
 
 def run_with_hydra(command: str, job: Callable[[dict[str, Any]], None], arguments: list[str]) -> None:

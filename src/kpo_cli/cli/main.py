@@ -47,7 +47,7 @@ def kpo(
 @app.command(context_settings=HYDRA_ARGUMENTS, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train a policy: kpo train method=kpo [key=value ...]. See kpo train --help."""
-    from kpo_cli.hydra_app import run_with_hydra
+    from kpo_cli.cli.compose import run_with_hydra
 
     run_with_hydra("train", _train, context.args)
 
@@ -61,7 +61,7 @@ def _train(raw: dict[str, Any]) -> None:
 @app.command("eval", context_settings=HYDRA_ARGUMENTS, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
     """Evaluate checkpoints: kpo eval checkpoint=RUN benchmarks=[aime24] [key=value ...]. See kpo eval --help."""
-    from kpo_cli.hydra_app import run_with_hydra
+    from kpo_cli.cli.compose import run_with_hydra
 
     run_with_hydra("eval", _evaluate, context.args)
 
@@ -75,7 +75,7 @@ def _evaluate(raw: dict[str, Any]) -> None:
 @app.command(context_settings=HYDRA_ARGUMENTS, add_help_option=False)
 def analyze(context: typer.Context) -> None:
     """See what recorded ratios do: kpo analyze RUN [RUN ...] [key=value ...]. See kpo analyze --help."""
-    from kpo_cli.hydra_app import run_with_hydra, with_paths
+    from kpo_cli.cli.compose import run_with_hydra, with_paths
 
     run_with_hydra("analyze", _analyze, with_paths("analyze", context.args, "runs"))
 

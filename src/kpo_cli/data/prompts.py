@@ -6,7 +6,7 @@ from typing import Any
 from kpo_cli.config import DataConfig, ModelConfig
 from kpo_cli.data.problems import Problem
 from kpo_cli.errors import UserError
-from kpo_cli.runs import first_line
+from kpo_cli.runs.directory import first_line
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kpo_cli.errors import UserError
-from kpo_cli.runs import first_line
+from kpo_cli.runs.directory import first_line
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, for error messages ("FILE:12"), and its content."""

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kpo_cli.data.prompts import Prompt
+from kpo_cli.policy.response import Response
 from kpo_cli.rewards import grade_batch
-from kpo_cli.rollout import Response, Sampler
+from kpo_cli.rollout import Sampler
 
 
 @dataclass(frozen=True)

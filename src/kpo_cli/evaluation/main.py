@@ -17,15 +17,16 @@ from kpo_cli.errors import RunInterrupted, RunStopped, SamplingFailed, UserError
 from kpo_cli.evaluation import results as report
 from kpo_cli.evaluation.benchmarks import Benchmark, load_benchmarks
 from kpo_cli.evaluation.config import EvalConfig
-from kpo_cli.evaluation.samples import Key, Row, SampleFile, make_rows, read_rows, regraded
+from kpo_cli.evaluation.rows import make_rows, regraded
 from kpo_cli.evaluation.subject import Subject, find_subjects
-from kpo_cli.parallel import Workers
-from kpo_cli.policy import Policy, context_of, share_threads
+from kpo_cli.policy.load import Policy, context_of, share_threads
+from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler, Sampler, VLLMSampler
 from kpo_cli.rollout.check import RESPONSES, SamplerCheck, model_score
 from kpo_cli.rollout.engine import VLLMEngine, choose_engine, usable_vllm
 from kpo_cli.rollout.hf import Report
-from kpo_cli.runs import RunDir, check_new, finite, make_manifest, path_of, write_text
+from kpo_cli.runs.directory import RunDir, check_new, finite, make_manifest, path_of, write_text
+from kpo_cli.runs.samples import Key, Row, SampleFile, read_rows
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
         except KeyboardInterrupt:
             raise RunInterrupted(f"interrupted; the samples made are in {out.path}, the same command goes on") from None
         keys = {(item.role, b.name): b.problems for item in asked for b in benchmarks}
-        tables = {key: samples.table(key, problems) for key, problems in keys.items()}
+        tables = {key: samples.table(key, [problem.id for problem in problems]) for key, problems in keys.items()}
         labels = {item.role: item.subject.label for item in asked}
         _report(out.path, tables, labels, settings, config, console)
 

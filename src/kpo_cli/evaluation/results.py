@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from kpo_cli.evaluation import statistics as stats
-from kpo_cli.evaluation.samples import Row, answer_table, correct_table
+from kpo_cli.evaluation.rows import answer_table, correct_table
+from kpo_cli.intervals import accuracy as stats
+from kpo_cli.runs.samples import Row
 
 PUBLISHED: dict[str, dict[str, tuple[float, float | None]]] = {
     # 2602.10609, Qwen3-4B: avg@16 and pass@16 in percent, None where the paper's table has none.

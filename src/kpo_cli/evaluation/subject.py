@@ -7,14 +7,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from kpo_cli.checkpoints import newest_checkpoint
 from kpo_cli.config import DataConfig, ModelConfig, convert
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import data_config
 from kpo_cli.evaluation.config import EvalConfig
-from kpo_cli.lora import MERGED
-from kpo_cli.policy import Policy, load_policy
+from kpo_cli.policy.load import Policy, load_policy
+from kpo_cli.policy.lora import MERGED
+from kpo_cli.runs.checkpoints import newest_checkpoint
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 

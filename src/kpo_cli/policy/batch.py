@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kpo_cli.rollout import Response
+from kpo_cli.policy.response import Response
 
 
 @dataclass(frozen=True)

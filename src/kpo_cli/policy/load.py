@@ -12,7 +12,7 @@ import torch
 from kpo_cli.builtin import POLICY_DIR
 from kpo_cli.config import Architecture, ModelConfig
 from kpo_cli.errors import UserError
-from kpo_cli.lora import (
+from kpo_cli.policy.lora import (
     MERGED,
     adapted,
     adapter_base,
@@ -22,8 +22,8 @@ from kpo_cli.lora import (
     save_merged,
     with_merged_adapters,
 )
-from kpo_cli.parallel import Workers
-from kpo_cli.runs import first_line, sha256_of
+from kpo_cli.policy.threads import Workers
+from kpo_cli.runs.directory import first_line, sha256_of
 
 RANDOM_WEIGHTS = 0
 """Seed of random weights. Fixed: runs that differ in their seed start from the same ones."""

@@ -9,8 +9,8 @@ import torch
 
 from kpo_cli.config import LoraConfig, TrainConfig
 from kpo_cli.errors import UserError
-from kpo_cli.lora import adaptable
-from kpo_cli.policy import SMALL_MODEL
+from kpo_cli.policy.load import SMALL_MODEL
+from kpo_cli.policy.lora import adaptable
 
 GIB = 2**30
 LOGITS = 2**28

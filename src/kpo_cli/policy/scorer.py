@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kpo_cli.attention import NAME, Packing
 from kpo_cli.core import linear_log_probs, token_log_probs
-from kpo_cli.rollout import Response
-from kpo_cli.training.batch import Batch, make_batch
+from kpo_cli.policy.attention import NAME, Packing
+from kpo_cli.policy.batch import Batch, make_batch
+from kpo_cli.policy.response import Response
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 TOLERANCE = 1e-4

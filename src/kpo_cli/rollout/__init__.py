@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from kpo_cli.policy.response import Response
 from kpo_cli.rollout.hf import HFSampler
-from kpo_cli.rollout.response import Response
 from kpo_cli.rollout.vllm import VLLMSampler
 
-__all__ = ["HFSampler", "Response", "Sampler", "VLLMSampler"]
+__all__ = ["HFSampler", "Sampler", "VLLMSampler"]
 
 
 class Sampler(Protocol):

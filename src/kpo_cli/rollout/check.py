@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kpo_cli.errors import SamplingFailed
+from kpo_cli.policy.response import Response
 from kpo_cli.rollout.engine import USE_HF
-from kpo_cli.rollout.response import Response
 
 Score = Callable[[list[int], list[int]], Tensor]
 """Log-probabilities (T,) of a response's tokens behind its prompt, from the trainer's weights."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpo_cli.attention import decode_attention
+from kpo_cli.policy.attention import decode_attention
 from kpo_cli.rollout.cache import GrowingLayer, spread
 
 TOLERANCE = 1e-4

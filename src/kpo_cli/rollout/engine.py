@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from kpo_cli.errors import UserError
-from kpo_cli.lora import named_weights
-from kpo_cli.policy import Policy
+from kpo_cli.policy.load import Policy
+from kpo_cli.policy.lora import named_weights
+from kpo_cli.policy.response import Response
 from kpo_cli.rollout.hf import Report
-from kpo_cli.rollout.response import Response
 
 TESTED = ((0, 32), (0, 34))
 """Versions of vLLM: from the first, below the second."""

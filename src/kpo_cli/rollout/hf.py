@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from kpo_cli.errors import RunStopped
-from kpo_cli.parallel import Workers
-from kpo_cli.policy import SMALL_MODEL
+from kpo_cli.policy.load import SMALL_MODEL
+from kpo_cli.policy.response import Response
+from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import decoder
 from kpo_cli.rollout.cache import spread
 from kpo_cli.rollout.decoder import Decoder
-from kpo_cli.rollout.response import Response
 
 REPORT_EVERY = 16
 """Tokens between two calls of `progress`."""

@@ -17,9 +17,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from kpo_cli.errors import RunStopped, SamplingFailed, UserError
+from kpo_cli.policy.response import Response
 from kpo_cli.rollout.engine import USE_HF, Request, Sampling
 from kpo_cli.rollout.hf import Report
-from kpo_cli.rollout.response import Response
 
 Result = TypeVar("Result")
 

@@ -1,5 +1,7 @@
 """Checkpoints: a model directory for transformers, with a trainer/ folder that makes the run go on to the same bits.
 
+Written here, found again, and looked at before they are used.
+
 Nothing in a checkpoint is a pickle: tensors are safetensors, the rest JSON. A checkpoint is written under a hidden
 name and renamed, so that it is there whole or not at all, and its files' checksums are verified before it is used.
 """
@@ -10,15 +12,20 @@ import random
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from kpo_cli.checkpoints import checkpoints
-from kpo_cli.policy import Policy
-from kpo_cli.runs import sha256_of, write_text
+from kpo_cli.errors import UserError
+from kpo_cli.runs.directory import sha256_of, write_text
+
+
+class Saveable(Protocol):
+    """A policy, which lives above this room."""
+
+    def save(self, folder: Path) -> None: ...
 
 
 @dataclass
@@ -44,7 +51,7 @@ class Progress:
 
 def save_checkpoint(
     run: Path,
-    policy: Policy,
+    policy: Saveable,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     schedule: dict[str, float],
@@ -124,3 +131,34 @@ def _sync(folder: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint directories, oldest first: those within the supervised phase come before all steps."""
+    found = [path for kind in ("supervised", "step") for path in sorted((run / "checkpoints").glob(f"{kind}-*"))]
+    return [path for path in found if path.is_dir()]
+
+
+def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose checksums hold (None if there never was one), and a line for each that fails."""
+    found = checkpoints(run)
+    problems: list[str] = []
+    for path in reversed(found):
+        problem = _damage(path)
+        if problem is None:
+            return path, problems
+        problems.append(f"{path} is damaged ({problem})")
+    if found:
+        raise UserError(f"no checkpoint of {run} is whole: {'; '.join(problems)}; start the run again")
+    return None, problems
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        sums = json.loads((path / "checksums.json").read_text())
+        for name, expected in sums.items():
+            if sha256_of(path / name) != expected:
+                return f"{name} has changed"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None

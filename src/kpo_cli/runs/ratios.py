@@ -1,19 +1,17 @@
-"""Recorded ratios, a batch of responses at a time: `kpo train`'s records (docs/run-directory.md) and exports.
+"""Ratio records: what an update saw of every token, written and read. The format is in docs/run-directory.md.
 
-A file that cannot be used raises `BadRecord`, whose message says what is wrong with it; `read` collects those and
-goes on with the next file. One file, or one chunk of an export, is in memory at a time.
+A record that cannot be used raises `BadRecord`, whose message says what is wrong with it.
 """
 
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from kpo_cli.errors import UserError
 
 FORMAT = "kpo-ratios-1"
 TOKEN_TENSORS = ("old_log_probs", "rollout_log_probs", "entropy", "filtered_log_ratio", "response_ids")
@@ -27,7 +25,7 @@ class BadRecord(Exception):
 
 
 @dataclass(frozen=True)
-class Batch:
+class Ratios:
     """Responses as rows; token arrays are zero outside the mask. None: not recorded."""
 
     log_ratio: NDArray[Any]
@@ -77,7 +75,7 @@ class Batch:
         """(B,) valid tokens."""
         return self.mask.sum(1)
 
-    def rows(self, chosen: Any) -> "Batch":
+    def rows(self, chosen: Any) -> "Ratios":
         """Some of the responses, without the columns that none of them uses."""
         mask = self.mask[chosen]
         width = int(np.flatnonzero(mask.any(0))[-1]) + 1 if mask.any() else 1
@@ -87,80 +85,31 @@ class Batch:
             if value is not None:
                 value = value[chosen]
                 kept[entry.name] = value[:, :width] if entry.name in ("log_ratio", "mask", *TOKEN_TENSORS) else value
-        return Batch(**kept)
+        return Ratios(**kept)
 
-    def pieces(self) -> Iterator["Batch"]:
+    def pieces(self) -> Iterator["Ratios"]:
         """The same responses in parts of bounded size."""
         at_once = max(1, PIECE_TOKENS // self.mask.shape[1])
         for start in range(0, len(self), at_once):
             yield self.rows(slice(start, start + at_once))
 
 
-@dataclass
-class Source:
-    """Something to analyse: a run, or files; and what was found wrong with its files while reading."""
+def write_ratios(run: Path, step: int, tensors: dict[str, Any], metadata: dict[str, Any]) -> Path:
+    """Write ratios/step-NNNNNN.safetensors: (N, T) token tensors, (N,) row tensors, and what made them as metadata."""
+    from safetensors.torch import save_file
 
-    name: str
-    files: list[Path]
-    output: Path
-    """Where the results go by default."""
-    run: Path | None = None
-    problems: list[str] = field(default_factory=list)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """That of the newest record read: method, filter, clip widths."""
-
-    def batches(self) -> Iterator[tuple[Path, Batch]]:
-        """Batches of all files that can be read, in order; what is wrong with the others goes to `problems`."""
-        for path in self.files:
-            try:
-                for batch, metadata in read_file(path):
-                    self.metadata = metadata
-                    yield path, batch
-            except BadRecord as error:
-                self.problem(path, str(error))
-
-    def problem(self, path: Path, what: str) -> None:
-        line = f"{path}: {what}; left out"
-        if line not in self.problems:
-            self.problems.append(line)
+    folder = run / "ratios"
+    folder.mkdir(exist_ok=True)
+    final = folder / f"step-{step:06d}.safetensors"
+    draft = final.with_name(f".{final.name}.{os.getpid()}")
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    described = {"format": FORMAT, "step": step, **metadata}
+    save_file(contiguous, draft, metadata={key: json.dumps(value) for key, value in described.items()})
+    draft.rename(final)
+    return final
 
 
-def find_source(path: Path) -> Source:
-    """A run directory, its ratios/ directory, or one file. Raises UserError."""
-    try:
-        return _find_source(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-
-
-def _find_source(path: Path) -> Source:
-    absolute = path.absolute()
-    if path.is_dir():
-        run = absolute.parent if absolute.name == "ratios" else absolute
-        folder = run / "ratios"
-        if not (folder.is_dir() or (run / "config.yaml").is_file()):
-            raise UserError(f"{path}: not a run directory (it has neither config.yaml nor ratios/)")
-        found = sorted(entry for entry in folder.glob("*") if entry.is_file() and not entry.name.startswith("."))
-        shown = path.parent if absolute.name == "ratios" else path
-        return Source(run.name, [shown / "ratios" / file.name for file in found], shown / "analysis", run=shown)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a run directory, or a .safetensors, .parquet or .jsonl file")
-    if path.suffix not in READERS:
-        raise UserError(f"{path}: unknown kind of file; it must be one of: {', '.join(READERS)}")
-    return Source(path.stem, [path], path.with_name(f"{path.stem}-analysis"))
-
-
-def read_file(path: Path) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """Batches of one file, each with the file's metadata. Raises BadRecord."""
-    if path.suffix not in READERS:
-        raise BadRecord("not a ratio record (.safetensors, .parquet or .jsonl)")
-    try:
-        yield from READERS[path.suffix](path)
-    except OSError as error:
-        raise BadRecord(f"cannot be read ({error.strerror or error})") from None
-
-
-def read_safetensors(path: Path) -> Iterator[tuple[Batch, dict[str, Any]]]:
+def read_ratios(path: Path) -> Iterator[tuple[Ratios, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
     if path.stat().st_size == 0:
@@ -192,7 +141,7 @@ def _metadata(raw: dict[str, str]) -> dict[str, Any]:
 KNOWN = {"log_ratio", "response_mask", "prompt_ids", *TOKEN_TENSORS, *ROW_TENSORS}
 
 
-def checked_batch(arrays: dict[str, Any], step: Any) -> Batch:
+def checked_batch(arrays: dict[str, Any], step: Any) -> Ratios:
     """A batch of `arrays`, named as in a record, after every check. `step` is a number or (B,). Raises BadRecord."""
     for name in ("log_ratio", "response_mask"):
         if name not in arrays:
@@ -215,7 +164,7 @@ def checked_batch(arrays: dict[str, Any], step: Any) -> Batch:
             raise BadRecord(f"{name} has type {array.dtype}; it must be numbers")
         elif array.dtype.kind == "f" and not np.isfinite(array).all():
             raise BadRecord(f"{name} is not a finite number at row {int(np.argmin(np.isfinite(array)))}")
-    return Batch(mask=mask, step=np.broadcast_to(np.asarray(step, np.int64), mask.shape[:1]), **arrays)
+    return Ratios(mask=mask, step=np.broadcast_to(np.asarray(step, np.int64), mask.shape[:1]), **arrays)
 
 
 def _token_array(name: str, array: Any, mask: NDArray[np.bool_]) -> Any:
@@ -228,10 +177,10 @@ def _token_array(name: str, array: Any, mask: NDArray[np.bool_]) -> Any:
     return clean
 
 
-def joined(batches: list[Batch]) -> Batch:
+def joined(batches: list[Ratios]) -> Ratios:
     """One batch of several, padded on the right; what is not recorded in all of them is left out."""
     parts: dict[str, Any] = {}
-    for entry in fields(Batch):
+    for entry in fields(Ratios):
         values = [getattr(batch, entry.name) for batch in batches]
         if any(value is None for value in values):
             continue
@@ -239,23 +188,4 @@ def joined(batches: list[Batch]) -> Batch:
         parts[entry.name] = np.concatenate(
             [np.pad(v, ((0, 0), (0, width - v.shape[1]))) if v.ndim == 2 else v for v in values]
         )
-    return Batch(**parts)
-
-
-def _exports(reader: str) -> Any:
-    """A reader of kpo_cli.analysis.exports, imported when first needed: it imports pyarrow."""
-
-    def read(path: Path) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        from kpo_cli.analysis import exports
-
-        for batch in getattr(exports, reader)(path):
-            yield batch, {}
-
-    return read
-
-
-READERS = {
-    ".safetensors": read_safetensors,
-    ".parquet": _exports("read_parquet"),
-    ".jsonl": _exports("read_jsonl"),
-}
+    return Ratios(**parts)

@@ -7,14 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kpo_cli.data.problems import Problem
 from kpo_cli.errors import RunStopped, UserError
-from kpo_cli.rewards import Verdict, grade_batch
-from kpo_cli.rewards.normalize import normalize
-from kpo_cli.rollout import Response
-from kpo_cli.runs import write_text
+from kpo_cli.runs.directory import write_text
 
 Row = dict[str, Any]
 Key = tuple[str, str]
@@ -49,45 +43,15 @@ class SampleFile:
         for row in rows:
             self.rows[key][row["place"]].append(row)
 
-    def table(self, key: Key, problems: Sequence[Problem]) -> list[list[Row]]:
-        """Rows by problem and sample; raises RunStopped unless each of the n samples of each problem is there once."""
-        table = [sorted(self.rows[key].get(i, []), key=lambda row: row["sample"]) for i in range(len(problems))]
+    def table(self, key: Key, ids: Sequence[str]) -> list[list[Row]]:
+        """Rows by problem (named by `ids`) and sample; raises RunStopped unless each of its n samples is there once."""
+        table = [sorted(self.rows[key].get(i, []), key=lambda row: row["sample"]) for i in range(len(ids))]
         for place, rows in enumerate(table):
-            if [row["sample"] for row in rows] != list(range(self.n)) or rows[0]["id"] != problems[place].id:
+            if [row["sample"] for row in rows] != list(range(self.n)) or rows[0]["id"] != ids[place]:
                 raise RunStopped(
                     f"{self.path}: problem {place} of {key[1]} does not have its {self.n} samples once each"
                 )
         return table
-
-
-def make_rows(
-    key: Key, places: Sequence[int], problems: Sequence[Problem], texts: list[list[str]], groups: list[list[Response]]
-) -> list[Row]:
-    """Graded rows of some problems: `texts[i]` and `groups[i]` are the samples of `problems[i]`."""
-    pairs = [(text, problem.answer) for problem, row in zip(problems, texts, strict=True) for text in row]
-    verdicts = iter(grade_batch(pairs))
-    return [
-        {
-            "subject": key[0],
-            "benchmark": key[1],
-            "place": place,
-            "id": problem.id,
-            "sample": number,
-            "answer": problem.answer,
-            "response": text,
-            "tokens": len(response.token_ids),
-            "finish": "stop" if response.finished else "length",
-            **_graded(next(verdicts)),
-        }
-        for place, problem, row, group in zip(places, problems, texts, groups, strict=True)
-        for number, (text, response) in enumerate(zip(row, group, strict=True))
-    ]
-
-
-def regraded(rows: list[Row]) -> list[Row]:
-    """The same samples with new verdicts."""
-    verdicts = grade_batch([(row["response"], row["answer"]) for row in rows])
-    return [{**row, **_graded(verdict)} for row, verdict in zip(rows, verdicts, strict=True)]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -104,25 +68,6 @@ def read_rows(path: Path) -> list[Row]:
         if row is not None:
             rows.append(row)
     return rows
-
-
-def correct_table(table: list[list[Row]]) -> np.ndarray:
-    """(Q, n) booleans."""
-    return np.array([[row["correct"] for row in rows] for rows in table])
-
-
-def answer_table(table: list[list[Row]]) -> list[list[str | None]]:
-    """Normalised answers, None where there is none."""
-    return [[None if row["extracted"] is None else normalize(row["extracted"]) for row in rows] for rows in table]
-
-
-def _graded(verdict: Verdict) -> Row:
-    return {
-        "extracted": verdict.extracted,
-        "correct": verdict.correct,
-        "reason": verdict.reason,
-        "grader_failed": verdict.failed,
-    }
 
 
 def _line(row: Row) -> str:

@@ -16,7 +16,7 @@ from rich.progress import (
 from rich.table import Table
 
 from kpo_cli.core import kalman_meaning
-from kpo_cli.evaluation.statistics import wilson
+from kpo_cli.intervals.accuracy import wilson
 
 SILENCE = 60.0
 """Seconds without a line, after which a long sampling phase says where it is."""

@@ -22,17 +22,18 @@ from kpo_cli.core.filters import AdaptiveFilter
 from kpo_cli.data.prompts import Prompt
 from kpo_cli.errors import RunStopped, SamplingFailed
 from kpo_cli.evaluation import evaluate_heldout
-from kpo_cli.policy import Policy, model_source
+from kpo_cli.policy.batch import Batch, make_batch
+from kpo_cli.policy.load import Policy, model_source
+from kpo_cli.policy.memory import LESS_MEMORY
+from kpo_cli.policy.response import Response
 from kpo_cli.rewards import Verdict, grade_batch
-from kpo_cli.rollout import Response, Sampler
+from kpo_cli.rollout import Sampler
 from kpo_cli.rollout.check import SamplerCheck
-from kpo_cli.runs import RunDir
-from kpo_cli.training.batch import Batch, make_batch
+from kpo_cli.runs.checkpoints import Progress, save_checkpoint
+from kpo_cli.runs.directory import RunDir
 from kpo_cli.training.display import Display
-from kpo_cli.training.memory import LESS_MEMORY
 from kpo_cli.training.optimizer import off_device
-from kpo_cli.training.records import write_ratios
-from kpo_cli.training.state import Progress, save_checkpoint
+from kpo_cli.training.records import record_ratios
 from kpo_cli.training.step import Updater, UpdateRecord
 from kpo_cli.training.stopping import Stop
 from kpo_cli.training.supervised import Demonstrations, supervise
@@ -88,7 +89,7 @@ def train(job: Training, run: RunDir, progress: Progress, display: Display) -> N
             step = progress.step
             last, stopping = step == config.steps, bool(stop)  # looked at once: time goes on
             if _due(step, config.ratios_every):
-                write_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
+                record_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
             clock = Clock()
             if last or _due(step, config.eval_every):
                 display.phase("evaluating")

@@ -1,22 +1,18 @@
-"""Ratio records: what an update saw of every token, for `kpo analyze`. Format: docs/run-directory.md."""
+"""What an update saw of every token, as a ratio record for `kpo analyze`."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from kpo_cli.config import TrainConfig
-from kpo_cli.training.batch import Batch
+from kpo_cli.policy.batch import Batch
+from kpo_cli.runs.ratios import write_ratios
 from kpo_cli.training.step import UpdateRecord
 
-FORMAT = "kpo-ratios-1"
 
-
-def write_ratios(run: Path, step: int, batch: Batch, record: UpdateRecord, config: TrainConfig, tokenizer: str) -> Path:
-    """Write ratios/step-NNNNNN.safetensors: (N, T) token tensors, (N,) row tensors, and what made them as metadata."""
+def record_ratios(
+    run: Path, step: int, batch: Batch, record: UpdateRecord, config: TrainConfig, tokenizer: str
+) -> None:
+    """Write the record of a step."""
     tensors = {
         "log_ratio": record.log_ratio,
         "filtered_log_ratio": record.filtered_log_ratio,
@@ -35,8 +31,6 @@ def write_ratios(run: Path, step: int, batch: Batch, record: UpdateRecord, confi
     }
     surrogate = config.method.surrogate
     metadata: dict[str, Any] = {
-        "format": FORMAT,
-        "step": step,
         "seed": config.seed,
         "method": config.method.name,
         "filter": config.filter,
@@ -47,11 +41,4 @@ def write_ratios(run: Path, step: int, batch: Batch, record: UpdateRecord, confi
         "temperature": config.rollout.temperature,
         "tokenizer": tokenizer,
     }
-    folder = run / "ratios"
-    folder.mkdir(exist_ok=True)
-    final = folder / f"step-{step:06d}.safetensors"
-    draft = final.with_name(f".{final.name}.{os.getpid()}")
-    contiguous = {name: tensor.to(torch.device("cpu")).contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, draft, metadata={key: json.dumps(value) for key, value in metadata.items()})
-    draft.rename(final)
-    return final
+    write_ratios(run, step, tensors, metadata)

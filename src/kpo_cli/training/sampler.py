@@ -7,14 +7,15 @@ from torch import Tensor
 
 from kpo_cli.config import TrainConfig
 from kpo_cli.errors import SamplingFailed, UserError
-from kpo_cli.parallel import Workers
-from kpo_cli.policy import Policy
-from kpo_cli.rollout import HFSampler, Response, Sampler, VLLMSampler
+from kpo_cli.policy.batch import make_batch
+from kpo_cli.policy.load import Policy
+from kpo_cli.policy.response import Response
+from kpo_cli.policy.scorer import Scorer
+from kpo_cli.policy.threads import Workers
+from kpo_cli.rollout import HFSampler, Sampler, VLLMSampler
 from kpo_cli.rollout.check import RESPONSES, SamplerCheck, Score
 from kpo_cli.rollout.engine import VLLMEngine
 from kpo_cli.rollout.hf import Report
-from kpo_cli.training.batch import make_batch
-from kpo_cli.training.forward import Scorer
 
 FIRST_TOKENS = 32
 """Of each response of the check at the start."""

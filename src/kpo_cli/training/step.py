@@ -14,9 +14,9 @@ from kpo_cli.core.diagnostics import Mean, RatioSums
 from kpo_cli.core.filters import AdaptiveFilter
 from kpo_cli.core.objective import ObjectiveOutput
 from kpo_cli.errors import RunStopped
-from kpo_cli.parallel import Workers
-from kpo_cli.training.batch import Batch
-from kpo_cli.training.forward import Scorer
+from kpo_cli.policy.batch import Batch
+from kpo_cli.policy.scorer import Scorer
+from kpo_cli.policy.threads import Workers
 
 Result = TypeVar("Result")
 

@@ -19,13 +19,13 @@ from kpo_cli.data.arithmetic import DEFAULT_OPERATORS, demonstration, draw_chain
 from kpo_cli.data.problems import Problem
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import RunStopped, UserError
-from kpo_cli.policy import Policy
-from kpo_cli.rollout import Response
-from kpo_cli.runs import SUPERVISED, RunDir
-from kpo_cli.training.batch import Batch, make_batch
+from kpo_cli.policy.batch import Batch, make_batch
+from kpo_cli.policy.load import Policy
+from kpo_cli.policy.memory import LESS_MEMORY
+from kpo_cli.policy.response import Response
+from kpo_cli.runs.checkpoints import Progress
+from kpo_cli.runs.directory import SUPERVISED, RunDir
 from kpo_cli.training.display import Display
-from kpo_cli.training.memory import LESS_MEMORY
-from kpo_cli.training.state import Progress
 from kpo_cli.training.step import Updater, UpdateRecord
 from kpo_cli.training.stopping import Stop
 

@@ -10,10 +10,11 @@ from ratio_files import write_run
 from rich.console import Console
 from scipy import stats
 
-from kpo_cli.analysis.comparison import compare, comparison, in_words, tables
-from kpo_cli.analysis.curves import curves, flat, group, load_run, mean_interval, t_quantile
-from kpo_cli.analysis.records import find_source
+from kpo_cli.analysis.compare.comparison import compare, comparison, in_words, tables
+from kpo_cli.analysis.compare.curves import curves, flat, group, load_run
+from kpo_cli.analysis.source import find_source
 from kpo_cli.errors import UserError
+from kpo_cli.intervals.means import mean_interval, t_quantile
 
 
 def make_run(path, method="kpo", seed=0, steps=4, accuracy=0.5, spread=0.01, lr=1e-3, **trainer):

@@ -12,11 +12,11 @@ from ratio_config import config
 from ratio_files import write_run
 from rich.console import Console
 
-from kpo_cli.analysis import figures
 from kpo_cli.analysis.main import analyse_one
-from kpo_cli.analysis.records import find_source
-from kpo_cli.analysis.report import TOKENS_SHOWN, script_data
-from kpo_cli.analysis.tokens import find_decoder
+from kpo_cli.analysis.report import figures
+from kpo_cli.analysis.report.page import TOKENS_SHOWN, script_data
+from kpo_cli.analysis.report.tokens import find_decoder
+from kpo_cli.analysis.source import find_source
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $title & \u2028"

@@ -11,19 +11,21 @@ from ratio_config import config, raw_config
 from ratio_files import tensors, write_record, write_run
 from scipy import stats
 
-from kpo_cli.analysis import noise_models, sign_statistics
-from kpo_cli.analysis.analyse import analyse
-from kpo_cli.analysis.clipping import clip_counts
-from kpo_cli.analysis.collect import Reservoir, energy_of_largest, magnitude_counts, percentiles
+from kpo_cli.analysis import sign_statistics
 from kpo_cli.analysis.config import analyze_config
-from kpo_cli.analysis.records import Batch, find_source
-from kpo_cli.analysis.series import own_filter, series_of, share_passed
-from kpo_cli.analysis.sums import STATISTICS
-from kpo_cli.analysis.words import summary
+from kpo_cli.analysis.report.words import summary
+from kpo_cli.analysis.source import find_source
+from kpo_cli.analysis.statistics import noise_models
+from kpo_cli.analysis.statistics.analyse import analyse
+from kpo_cli.analysis.statistics.clipping import clip_counts
+from kpo_cli.analysis.statistics.collect import Reservoir, energy_of_largest, magnitude_counts, percentiles
+from kpo_cli.analysis.statistics.series import own_filter, series_of, share_passed
+from kpo_cli.analysis.statistics.sums import STATISTICS
 from kpo_cli.core.filters import kalman_filter, kalman_meaning
 from kpo_cli.core.surrogates import Clip
 from kpo_cli.errors import UserError
-from kpo_cli.runs import finite
+from kpo_cli.runs.directory import finite
+from kpo_cli.runs.ratios import Ratios
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +219,7 @@ def test_nothing_to_read_is_one_line(tmp_path):
 
 def test_the_share_passed_is_the_closed_form():
     mask = np.ones((3, 50), bool)
-    batch = Batch(log_ratio=np.zeros((3, 50)), mask=mask, step=np.zeros(3, int), old_log_probs=np.full((3, 50), -1.0))
+    batch = Ratios(log_ratio=np.zeros((3, 50)), mask=mask, step=np.zeros(3, int), old_log_probs=np.full((3, 50), -1.0))
     series = {each.name: each for each in series_of(config("filters=[sequence_mean]", "time_constants=[30]"))}
     expected = kalman_meaning(4 * math.sinh(1 / 60) ** 2, 1.0, 50).share_passed
     assert share_passed(series["kalman_tau_30"], batch, 0.01) == pytest.approx(expected)
@@ -228,7 +230,7 @@ def test_the_log_likelihood_is_that_of_the_joint_gaussian():
     """z is Gaussian with covariance q min(s, t) + v [s = t]."""
     rng = np.random.default_rng(0)
     z = rng.normal(size=(2, 12))
-    batch = Batch(log_ratio=z, mask=np.ones((2, 12), bool), step=np.zeros(2, int))
+    batch = Ratios(log_ratio=z, mask=np.ones((2, 12), bool), step=np.zeros(2, int))
     t = np.arange(1, 13)
     covariance = 0.3 * np.minimum(t, t[:, None]) + 0.7 * np.eye(12)
     expected = stats.multivariate_normal(np.zeros(12), covariance).logpdf(z)
@@ -242,7 +244,7 @@ def test_the_right_noise_model_wins_on_steps_that_were_not_fitted():
     rng = np.random.default_rng(1)
     old = np.log(rng.uniform(0.01, 0.999, (60, 50)))
     z = rng.normal(size=old.shape) * 0.1 * (1 - np.exp(old)) ** 1.25
-    batch = Batch(log_ratio=z, mask=np.ones(z.shape, bool), step=np.repeat([1, 2, 3], 20), old_log_probs=old)
+    batch = Ratios(log_ratio=z, mask=np.ones(z.shape, bool), step=np.repeat([1, 2, 3], 20), old_log_probs=old)
     found = noise_models.held_out(batch)
     assert (found["fitted_steps"], found["judged_steps"]) == ([1, 3], [2])
     models = found["models"]
@@ -253,7 +255,7 @@ def test_the_right_noise_model_wins_on_steps_that_were_not_fitted():
 def test_the_subsample_depends_on_the_seed_and_not_on_how_files_are_cut():
     rng = np.random.default_rng(0)
     mask = np.arange(20) < rng.integers(5, 21, (100, 1))
-    whole = Batch(log_ratio=np.where(mask, rng.normal(size=mask.shape), 0.0), mask=mask, step=np.arange(100))
+    whole = Ratios(log_ratio=np.where(mask, rng.normal(size=mask.shape), 0.0), mask=mask, step=np.arange(100))
 
     def sample(seed, cut):
         reservoir = Reservoir(200, np.random.default_rng(seed))

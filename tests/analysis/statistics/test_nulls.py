@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from kpo_cli.analysis.records import Batch
-from kpo_cli.analysis.resampling import Null, intervals, null_totals, shuffled, sign_flipped
-from kpo_cli.analysis.series import Series
-from kpo_cli.analysis.spectrum import spectra
-from kpo_cli.analysis.sums import response_sums, statistics
+from kpo_cli.analysis.statistics.resampling import Null, null_totals, shuffled, sign_flipped
+from kpo_cli.analysis.statistics.series import Series
+from kpo_cli.analysis.statistics.spectrum import spectra
+from kpo_cli.analysis.statistics.sums import response_sums, statistics
 from kpo_cli.core.filters import Kalman
+from kpo_cli.intervals.clusters import cluster_intervals
+from kpo_cli.runs.ratios import Ratios
 
 
 def identity(z, mask, old_log_probs):
@@ -22,7 +23,7 @@ def smoothed(z, mask, old_log_probs):
 def batch_of(z, mask=None):
     mask = np.ones(z.shape, bool) if mask is None else mask
     z = np.where(mask, z, 0.0)
-    return Batch(log_ratio=z, mask=mask, step=np.zeros(len(z), int), old_log_probs=-np.abs(z))
+    return Ratios(log_ratio=z, mask=mask, step=np.zeros(len(z), int), old_log_probs=-np.abs(z))
 
 
 def sums_of(z, mask):
@@ -104,10 +105,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         centre = rng.normal(size=(40, 1, 1))
         z = (centre + rng.normal(size=(40, 4, 20))).reshape(160, 20)
         clusters = sums_of(z, np.ones(z.shape, bool)).reshape(40, 4, -1).sum(1)
-        low, high = intervals(clusters, 200, seed=trial)["mean"]
+        low, high = cluster_intervals(clusters, statistics, 200, seed=trial)["mean"]
         hits += low <= 0 <= high
     assert 0.86 <= hits / trials <= 0.99
 
 
 def test_one_prompt_has_no_interval():
-    assert intervals(sums_of(np.ones((1, 5)), np.ones((1, 5), bool)), 100, 0) is None
+    assert cluster_intervals(sums_of(np.ones((1, 5)), np.ones((1, 5), bool)), statistics, 100, 0) is None

@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as arrays
 from scipy import stats
 
 from kpo_cli.analysis import sign_statistics
-from kpo_cli.analysis.spectrum import longest_stretch, spectra
-from kpo_cli.analysis.sums import autocorrelations, lag_sums, response_sums, statistics
+from kpo_cli.analysis.statistics.spectrum import longest_stretch, spectra
+from kpo_cli.analysis.statistics.sums import autocorrelations, lag_sums, response_sums, statistics
 
 
 def pooled(z, mask, dead_zone=0.0, cutoff=0.05):

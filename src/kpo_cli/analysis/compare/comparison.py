@@ -9,17 +9,17 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from kpo_cli.analysis import figures
-from kpo_cli.analysis.analyse import analyse
+from kpo_cli.analysis.compare.curves import FINAL, METRICS, Run, curves, differences, finals, group, load_run
 from kpo_cli.analysis.config import AnalyzeConfig
-from kpo_cli.analysis.curves import FINAL, METRICS, Run, curves, differences, finals, group, load_run
-from kpo_cli.analysis.display import ReadingBar
-from kpo_cli.analysis.records import Source
-from kpo_cli.analysis.report import render, write_analysis
-from kpo_cli.analysis.tables import Table, interval, number
-from kpo_cli.analysis.words import summary
+from kpo_cli.analysis.report import figures
+from kpo_cli.analysis.report.page import render, write_analysis
+from kpo_cli.analysis.report.tables import Table, interval, number
+from kpo_cli.analysis.report.terminal import ReadingBar
+from kpo_cli.analysis.report.words import summary
+from kpo_cli.analysis.source import Source
+from kpo_cli.analysis.statistics.analyse import analyse
 from kpo_cli.errors import UserError
-from kpo_cli.runs import finite, write_text
+from kpo_cli.runs.directory import finite, write_text
 
 SCHEMA = "kpo-comparison-1"
 CAPTIONS = {

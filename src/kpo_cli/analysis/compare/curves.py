@@ -1,6 +1,5 @@
 """Learning curves of several runs: grouped by what differs in their configurations, mean and interval over seeds."""
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import combinations
@@ -11,7 +10,8 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from kpo_cli.errors import UserError
-from kpo_cli.runs import RunDir, first_line
+from kpo_cli.intervals.means import mean_interval
+from kpo_cli.runs.directory import RunDir, first_line
 
 METRICS = {
     "reward_mean": "reward",
@@ -107,26 +107,6 @@ def _label(run: Run, keys: list[str]) -> str:
     if not keys:
         return str(run.config.get("method.name", run.name))
     return ", ".join(str(run.config.get(k)) if k == "method.name" else f"{k}={run.config.get(k)}" for k in keys)
-
-
-def mean_interval(values: Any) -> dict[str, Any]:
-    """Mean and 95% interval (Student's t) of independent values; no interval for one."""
-    array = np.asarray(values, float)
-    n, mean = len(array), float(array.mean())
-    if n < 2:
-        return {"n": n, "mean": mean, "ci": None}
-    half = t_quantile(n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
-    return {"n": n, "mean": mean, "ci": [mean - half, mean + half]}
-
-
-def t_quantile(df: int) -> float:
-    """97.5% quantile of Student's t: tabulated where few, else the expansion of Cornish and Fisher."""
-    few = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
-    if df <= len(few):
-        return few[df - 1]
-    z = 1.959964
-    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return z + sum(term / df ** (i + 1) for i, term in enumerate(terms))
 
 
 def curves(runs: list[Run], metric: str) -> dict[str, list[dict[str, Any]]]:

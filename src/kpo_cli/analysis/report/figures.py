@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from kpo_cli.analysis.analyse import Analysis
-from kpo_cli.analysis.records import Batch
-from kpo_cli.analysis.series import RAW, Series
+from kpo_cli.analysis.statistics.analyse import Analysis
+from kpo_cli.analysis.statistics.series import RAW, Series
+from kpo_cli.runs.ratios import Ratios
 
 INK = "#262626"
 """Of text and axes; becomes the page's own colour inside the report."""
@@ -95,12 +95,12 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
-def available(series: list[Series], batch: Batch) -> list[Series]:
+def available(series: list[Series], batch: Ratios) -> list[Series]:
     """Those that can be computed for `batch`: a series that was only recorded may be missing from some files."""
     return [each for each in series if each.ratio_filter is not None or batch.filtered_log_ratio is not None]
 
 
-def longest(sample: Batch, count: int) -> Batch:
+def longest(sample: Ratios, count: int) -> Ratios:
     """The longest responses of the sample: those where a filter has most to do."""
     return sample.rows(np.argsort(-sample.lengths, kind="stable")[:count])
 
@@ -136,7 +136,7 @@ def traces(analysis: Analysis) -> Figure:
     return figure
 
 
-def _values(series: Series, batch: Batch) -> Any:
+def _values(series: Series, batch: Ratios) -> Any:
     return (
         series.of(batch) if batch.filtered_log_ratio is not None or series.ratio_filter is not None else batch.log_ratio
     )

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from kpo_cli.analysis import figures
-from kpo_cli.analysis.analyse import Analysis
 from kpo_cli.analysis.config import AnalyzeConfig
-from kpo_cli.analysis.records import Batch
-from kpo_cli.analysis.tables import Table, report_tables
-from kpo_cli.analysis.tokens import Decoder, find_decoder
+from kpo_cli.analysis.report import figures
+from kpo_cli.analysis.report.tables import Table, report_tables
+from kpo_cli.analysis.report.tokens import Decoder, find_decoder
+from kpo_cli.analysis.statistics.analyse import Analysis
 from kpo_cli.errors import UserError
-from kpo_cli.runs import finite, write_text
+from kpo_cli.runs.directory import finite, write_text
+from kpo_cli.runs.ratios import Ratios
 
 TOKENS_SHOWN = 20_000
 """In the browser, of all responses together: keeps the report below 5 MB."""
@@ -78,7 +78,7 @@ def render(
     table_note: str,
 ) -> str:
     """The page. Everything that is not ours is escaped here."""
-    template = resources.files("kpo_cli.analysis").joinpath("report.html").read_text("utf-8")
+    template = resources.files("kpo_cli.analysis.report").joinpath("page.html").read_text("utf-8")
     parts = [
         f"<figure>{figures.inline(svg, name)}<figcaption>{escape(captions[name])}</figcaption></figure>"
         for name, svg in drawn.items()
@@ -133,7 +133,7 @@ def browser_data(analysis: Analysis, responses: int, decoder: Decoder | None) ->
     return {"series": list(values), "responses": shown, "decoded": decoder is not None}
 
 
-def _response(batch: Batch, row: int, values: dict[str, Any], decoder: Decoder | None, most: int) -> dict[str, Any]:
+def _response(batch: Ratios, row: int, values: dict[str, Any], decoder: Decoder | None, most: int) -> dict[str, Any]:
     place = np.flatnonzero(batch.mask[row])
     used = place[:most]
     entry: dict[str, Any] = {

@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kpo_cli.analysis.sums import STATISTICS
+from kpo_cli.analysis.statistics.sums import STATISTICS
 
 WITH_NULLS = ("switch_frequency", "mean_off_policy_run_length", "low_frequency_energy", "autocorrelation")
 """Statistics that get a table of their own on the terminal."""

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from kpo_cli.analysis.tables import interval, number
+from kpo_cli.analysis.report.tables import interval, number
 
 LEVEL = 0.05
 TESTED = ("switch_frequency", "low_frequency_energy", "autocorrelation")

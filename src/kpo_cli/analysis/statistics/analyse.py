@@ -9,16 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kpo_cli.analysis import breakdowns, noise_models
-from kpo_cli.analysis.collect import LONGEST_RUN, TRUNCATION, Collector, energy_of_largest, fitting, percentiles
 from kpo_cli.analysis.config import AnalyzeConfig
-from kpo_cli.analysis.nulls import SeriesNull, nulls_of
-from kpo_cli.analysis.records import Batch, Source
-from kpo_cli.analysis.resampling import intervals
-from kpo_cli.analysis.series import RAW, RECORDED, Series, describe, own_filter, series_of, share_passed
-from kpo_cli.analysis.spectrum import BINS, quotient
-from kpo_cli.analysis.sums import AT, Sums, autocorrelations, statistics
+from kpo_cli.analysis.source import Source
+from kpo_cli.analysis.statistics import breakdowns, noise_models
+from kpo_cli.analysis.statistics.collect import (
+    LONGEST_RUN,
+    TRUNCATION,
+    Collector,
+    energy_of_largest,
+    fitting,
+    percentiles,
+)
+from kpo_cli.analysis.statistics.nulls import SeriesNull, nulls_of
+from kpo_cli.analysis.statistics.series import RAW, RECORDED, Series, describe, own_filter, series_of, share_passed
+from kpo_cli.analysis.statistics.spectrum import BINS, quotient
+from kpo_cli.analysis.statistics.sums import AT, Sums, autocorrelations, statistics
 from kpo_cli.errors import UserError
+from kpo_cli.intervals.clusters import cluster_intervals
+from kpo_cli.runs.ratios import Ratios
 
 SCHEMA = "kpo-analysis-1"
 LEVELS = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
@@ -32,7 +40,7 @@ class Analysis:
     """What was found, and the responses that figures and the report show."""
 
     found: dict[str, Any]
-    sample: Batch
+    sample: Ratios
     series: list[Series]
 
 
@@ -85,7 +93,8 @@ def analyse(
     nulls = nulls_of(null_sample, series, config)
     stage("intervals")
     for i, each in enumerate(series):
-        own_intervals = intervals(done.clusters[done.off_policy][:, i], config.bootstrap, config.seed)
+        clusters = done.clusters[done.off_policy][:, i]
+        own_intervals = cluster_intervals(clusters, statistics, config.bootstrap, config.seed)
         entry = _entry(each, off_policy[i], own_intervals, nulls.get(each.name, {}))
         found["filters"][each.name] = entry | _distributions(done.collector, i, off_policy[i])
         found["filters"][each.name]["share_passed"] = _passed(each, null_sample, off_policy[0])
@@ -138,7 +147,7 @@ def _own_widths(metadata: dict[str, Any]) -> tuple[float, float] | None:
     return (float(low), float(high)) if isinstance(low, float) and isinstance(high, float) else None
 
 
-def _rebuilt(series: Series, source: Source, sample: Batch) -> Series:
+def _rebuilt(series: Series, source: Source, sample: Ratios) -> Series:
     """`recorded` with the filter that made it, if that can be told from the record and gives the same numbers."""
     if series.name != RECORDED or sample.filtered_log_ratio is None:
         return series
@@ -237,7 +246,7 @@ def _median(counts: NDArray[np.float64]) -> float | None:
     return float(middle.mean())
 
 
-def _passed(series: Series, sample: Batch, raw: Sums) -> float | None:
+def _passed(series: Series, sample: Ratios, raw: Sums) -> float | None:
     """Share of a constant shift of one standard deviation of z; None where there is no filter to ask."""
     size = float(statistics(raw)["std"])
     return share_passed(series, sample, size) if series.ratio_filter is not None and size > 0 else None
@@ -308,7 +317,7 @@ def _mismatch(collector: Collector, drift: float) -> dict[str, Any] | None:
     }
 
 
-def _noise(sample: Batch, config: AnalyzeConfig) -> dict[str, Any] | None:
+def _noise(sample: Ratios, config: AnalyzeConfig) -> dict[str, Any] | None:
     """Noise models of the raw log-ratios, on the subsample."""
     if not config.likelihood_tokens:
         return None
@@ -316,5 +325,5 @@ def _noise(sample: Batch, config: AnalyzeConfig) -> dict[str, Any] | None:
     return {"drift": noise_models.drift_fit(chosen), "held_out": noise_models.held_out(chosen)}
 
 
-def _empty() -> Batch:
-    return Batch(log_ratio=np.zeros((0, 1)), mask=np.zeros((0, 1), bool), step=np.zeros(0, int))
+def _empty() -> Ratios:
+    return Ratios(log_ratio=np.zeros((0, 1)), mask=np.zeros((0, 1), bool), step=np.zeros(0, int))

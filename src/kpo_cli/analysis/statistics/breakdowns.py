@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kpo_cli.analysis.clipping import Widths, beyond
-from kpo_cli.analysis.records import Batch
-from kpo_cli.analysis.signs import Floats, neighbours, states
+from kpo_cli.analysis.statistics.clipping import Widths, beyond
+from kpo_cli.analysis.statistics.signs import Floats, neighbours, states
+from kpo_cli.runs.ratios import Ratios
 
 EDGES: dict[str, list[float]] = {
     "position": [1, 9, 17, 33, 65, 129, 257, 513, 1025, 2049, 4097, 8193, 16385],
@@ -36,7 +36,7 @@ def label(kind: str, index: int) -> str:
     )
 
 
-def bins_of(kind: str, batch: Batch) -> NDArray[np.int64] | None:
+def bins_of(kind: str, batch: Ratios) -> NDArray[np.int64] | None:
     """The bin of every token, (B, T); None where the record does not hold what it takes."""
     values: Any
     if kind == "position":
@@ -59,7 +59,7 @@ class TokenMeasures:
     values: NDArray[np.float64]
 
     @classmethod
-    def of(cls, x: Floats, batch: Batch, dead_zone: float, widths: Widths | None) -> "TokenMeasures":
+    def of(cls, x: Floats, batch: Ratios, dead_zone: float, widths: Widths | None) -> "TokenMeasures":
         state, mask = states(x, batch.mask, dead_zone), batch.mask
         paired, switch = np.zeros((2, *mask.shape), bool)
         paired[:, 1:] = neighbours(mask)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kpo_cli.analysis.signs import Bools, Floats
+from kpo_cli.analysis.statistics.signs import Bools, Floats
 
 Widths = tuple[float, float]
 """eps_low, eps_high."""

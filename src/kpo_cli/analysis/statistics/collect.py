@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kpo_cli.analysis.breakdowns import EDGES, MEASURES, TokenMeasures, binned, bins_of
-from kpo_cli.analysis.clipping import Widths, clip_counts
 from kpo_cli.analysis.config import AnalyzeConfig
-from kpo_cli.analysis.records import Batch, joined
-from kpo_cli.analysis.series import Series
-from kpo_cli.analysis.signs import runs, states
-from kpo_cli.analysis.spectrum import BINS, spectra
-from kpo_cli.analysis.sums import COLUMNS, LAG_COLUMNS, lag_sums, response_sums
+from kpo_cli.analysis.statistics.breakdowns import EDGES, MEASURES, TokenMeasures, binned, bins_of
+from kpo_cli.analysis.statistics.clipping import Widths, clip_counts
+from kpo_cli.analysis.statistics.series import Series
+from kpo_cli.analysis.statistics.signs import runs, states
+from kpo_cli.analysis.statistics.spectrum import BINS, spectra
+from kpo_cli.analysis.statistics.sums import COLUMNS, LAG_COLUMNS, lag_sums, response_sums
+from kpo_cli.runs.ratios import Ratios, joined
 
 LONGEST_RUN = 512
 """Runs of this length and more are counted together."""
@@ -38,7 +38,7 @@ class Mismatch:
     largest: float = 0.0
     truncated: float = 0.0
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Ratios) -> None:
         if batch.old_log_probs is None or batch.rollout_log_probs is None:
             return
         m = (batch.old_log_probs.astype(np.float64) - batch.rollout_log_probs)[batch.mask]
@@ -58,9 +58,9 @@ class Reservoir:
     tokens: int
     rng: np.random.Generator
     keys: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    kept: Batch | None = None
+    kept: Ratios | None = None
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Ratios) -> None:
         usable = batch.rows(batch.lengths > 0)
         if not len(usable):
             return
@@ -101,7 +101,7 @@ class Collector:
         self.breakdowns = {kind: np.zeros((count, len(edges), len(MEASURES))) for kind, edges in EDGES.items()}
         self.available: set[str] = set()
 
-    def add(self, batch: Batch, own_widths: Widths | None) -> None:
+    def add(self, batch: Ratios, own_widths: Widths | None) -> None:
         """A batch of responses, with the clip widths of its own run."""
         self.own_widths = own_widths
         self.has_advantages &= batch.advantages is not None
@@ -109,7 +109,7 @@ class Collector:
         for piece in batch.pieces():
             self._add_piece(piece)
 
-    def _add_piece(self, piece: Batch) -> None:
+    def _add_piece(self, piece: Ratios) -> None:
         self.responses += len(piece)
         self.off_policy_responses += int(piece.off_policy.sum())
         self.mismatch.add(piece)
@@ -121,7 +121,7 @@ class Collector:
             self.reservoir.add(later)
             self._add_tokens(later, values[:, off_policy, : later.mask.shape[1]])
 
-    def _add_sums(self, piece: Batch, values: NDArray[np.float64]) -> None:
+    def _add_sums(self, piece: Ratios, values: NDArray[np.float64]) -> None:
         """Sums by prompt and mini-batch, on-policy ones included."""
         flat, mask = values.reshape(-1, values.shape[2]), np.tile(piece.mask, (len(values), 1))
         found = spectra(flat, mask, self.config.cutoff)
@@ -139,7 +139,7 @@ class Collector:
         self._keys.append(keys)
         self._clusters.append(clusters)
 
-    def _add_tokens(self, piece: Batch, values: NDArray[np.float64]) -> None:
+    def _add_tokens(self, piece: Ratios, values: NDArray[np.float64]) -> None:
         """Distributions over off-policy tokens."""
         dead_zone = self.config.dead_zone
         bins = {kind: found for kind in EDGES if (found := bins_of(kind, piece)) is not None}

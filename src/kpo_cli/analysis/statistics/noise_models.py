@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kpo_cli.analysis.records import Batch
 from kpo_cli.core import noise
 from kpo_cli.core.recursion import Rows, kalman_gains, kalman_states
+from kpo_cli.runs.ratios import Ratios
 
 GROUPS = 20
 """Of the jackknife."""
 MISS_FLOOR = 1e-4
 
 
-def drift_fit(batch: Batch) -> dict[str, Any] | None:
+def drift_fit(batch: Ratios) -> dict[str, Any] | None:
     """Maximum-likelihood Q and V of the raw log-ratios, with both kinds of standard error; None if z is all 0."""
     z, mask = _tensors(batch)
     groups = min(GROUPS, len(batch))
@@ -69,7 +69,7 @@ class NoiseModel:
     q: float = 0.0
     gamma: float = 0.0
 
-    def log_likelihood(self, batch: Batch) -> np.ndarray:
+    def log_likelihood(self, batch: Ratios) -> np.ndarray:
         """(B, T): ln p(z_t | z_1 .. z_{t-1}), zero outside the mask.
 
         Gaussian with mean x_{t-1} and variance P- + V_t. With q > 0, V is constant: then P- + V = V / (1 - K) and the
@@ -87,7 +87,7 @@ class NoiseModel:
         return torch.where(mask, terms, 0.0).numpy()
 
 
-def fitted_models(batch: Batch) -> dict[str, NoiseModel]:
+def fitted_models(batch: Ratios) -> dict[str, NoiseModel]:
     """The models, fitted to `batch`; empty if its log-ratios are all 0."""
     z, mask = _tensors(batch)
     drift = noise.fit_drift(noise.drift_sums(z, mask))
@@ -110,7 +110,7 @@ def fitted_models(batch: Batch) -> dict[str, NoiseModel]:
     return models
 
 
-def held_out(batch: Batch) -> dict[str, Any] | None:
+def held_out(batch: Ratios) -> dict[str, Any] | None:
     """Predictive log-likelihood per token of each model on every second step; None with fewer than two steps."""
     steps = np.unique(batch.step)
     if len(steps) < 2:
@@ -137,11 +137,11 @@ def held_out(batch: Batch) -> dict[str, Any] | None:
     return {"fitted_steps": steps[::2].tolist(), "judged_steps": steps[1::2].tolist(), "models": found}
 
 
-def _tensors(batch: Batch) -> tuple[Tensor, Tensor]:
+def _tensors(batch: Ratios) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(batch.log_ratio.astype(np.float64)), torch.from_numpy(batch.mask)
 
 
-def _miss(batch: Batch) -> Tensor:
+def _miss(batch: Ratios) -> Tensor:
     if batch.old_log_probs is None:
         return torch.ones(batch.mask.shape, dtype=torch.float64)
     return (-torch.expm1(torch.from_numpy(batch.old_log_probs).double())).clamp(min=MISS_FLOOR)

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kpo_cli.analysis.collect import LONGEST_RUN, run_counts
 from kpo_cli.analysis.config import AnalyzeConfig
-from kpo_cli.analysis.records import Batch
-from kpo_cli.analysis.resampling import Null, null_totals, shuffled, sign_flipped
-from kpo_cli.analysis.series import Series
-from kpo_cli.analysis.spectrum import BINS, quotient, spectra
-from kpo_cli.analysis.sums import (
+from kpo_cli.analysis.statistics.collect import LONGEST_RUN, run_counts
+from kpo_cli.analysis.statistics.resampling import Null, null_totals, shuffled, sign_flipped
+from kpo_cli.analysis.statistics.series import Series
+from kpo_cli.analysis.statistics.spectrum import BINS, quotient, spectra
+from kpo_cli.analysis.statistics.sums import (
     COLUMNS,
     LAG_COLUMNS,
     STATISTICS,
@@ -22,6 +21,7 @@ from kpo_cli.analysis.sums import (
     response_sums,
     statistics,
 )
+from kpo_cli.runs.ratios import Ratios
 
 NULLS = {"null_shuffled": shuffled, "null_sign_flipped": sign_flipped}
 CURVE_DRAWS = 20
@@ -44,7 +44,7 @@ SeriesNull = dict[str, NullResult]
 """By name of the null, as in `NULLS`."""
 
 
-def nulls_of(sample: Batch, series: list[Series], config: AnalyzeConfig) -> dict[str, SeriesNull]:
+def nulls_of(sample: Ratios, series: list[Series], config: AnalyzeConfig) -> dict[str, SeriesNull]:
     """By name of the series. Those whose filter is not known, and all if no draws are wanted, are left out."""
     known = [each for each in series if each.ratio_filter is not None]
     if not config.nulls.draws:
@@ -61,13 +61,13 @@ def nulls_of(sample: Batch, series: list[Series], config: AnalyzeConfig) -> dict
     return found
 
 
-def _observed(series: Series, sample: Batch, config: AnalyzeConfig) -> dict[str, Sums]:
+def _observed(series: Series, sample: Ratios, config: AnalyzeConfig) -> dict[str, Sums]:
     values = series.apply(sample.log_ratio, sample.mask, sample.old_log_probs)
     low = spectra(values, sample.mask, config.cutoff).low
     return statistics(response_sums(values, sample.mask, config.dead_zone, low).sum(0))
 
 
-def _curves(sample: Batch, series: Series, draw: Any, config: AnalyzeConfig) -> tuple[Any, Any, Any]:
+def _curves(sample: Ratios, series: Series, draw: Any, config: AnalyzeConfig) -> tuple[Any, Any, Any]:
     """Autocorrelation, spectrum and run lengths, pooled over a few draws."""
     total, lagged = np.zeros(len(COLUMNS)), np.zeros((config.lags, len(LAG_COLUMNS)))
     power, white, lengths = np.zeros(BINS), np.zeros(BINS), np.zeros(LONGEST_RUN + 1)

@@ -1,7 +1,4 @@
-"""Intervals and nulls.
-
-Interval of a statistic: prompts drawn with replacement (with all their responses of that step, which share a prompt
-and are not independent), the statistic of each draw, and its 2.5% and 97.5% quantiles.
+"""Nulls.
 
 Nulls answer what the statistic would be if nothing but the values mattered. Shuffled: the tokens of each response are
 put into a random order, with their old log-probabilities, and filtered again; order in time is lost, everything else
@@ -17,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kpo_cli.analysis.records import Batch
-from kpo_cli.analysis.spectrum import spectra
-from kpo_cli.analysis.sums import Sums, response_sums, statistics
+from kpo_cli.analysis.statistics.spectrum import spectra
+from kpo_cli.analysis.statistics.sums import Sums, response_sums
+from kpo_cli.runs.ratios import Ratios
 
 Apply = Callable[[Any, Any, Any], NDArray[np.float64]]
 """A filter on arrays: log-ratios, mask and old log-probabilities, all (B, T)."""
@@ -54,24 +51,6 @@ class Null:
         return cls(float(drawn.mean()), float(low), float(high), float(observed), p)
 
 
-def intervals(clusters: Sums, draws: int, seed: int) -> dict[str, tuple[float, float]] | None:
-    """95% intervals of all statistics, from `clusters` (C, columns); None for fewer than two clusters or no draws."""
-    if len(clusters) < 2 or not draws:
-        return None
-    rng = np.random.default_rng([seed, 1])
-    totals = np.empty((draws, clusters.shape[1]))
-    for draw in range(draws):
-        drawn = rng.integers(0, len(clusters), len(clusters))
-        totals[draw] = np.einsum("c,ck->k", np.bincount(drawn, minlength=len(clusters)).astype(float), clusters)
-    return {name: _interval(values) for name, values in statistics(totals).items()}
-
-
-def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    known = values[np.isfinite(values)]
-    low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (np.nan, np.nan)
-    return float(low), float(high)
-
-
 @dataclass(frozen=True)
 class Draws:
     """Several copies of a subsample under a null; arrays (copies * B, T)."""
@@ -82,7 +61,7 @@ class Draws:
     copies: int
 
 
-def shuffled(batch: Batch, draws: int, seed: int) -> Iterator[Draws]:
+def shuffled(batch: Ratios, draws: int, seed: int) -> Iterator[Draws]:
     """`draws` copies in which the valid tokens of each response stand in a random order; gaps stay where they are."""
     rng = np.random.default_rng([seed, 2])
     for copies, mask in _copies(batch, draws):
@@ -93,7 +72,7 @@ def shuffled(batch: Batch, draws: int, seed: int) -> Iterator[Draws]:
         yield Draws(z, mask, old, copies)
 
 
-def sign_flipped(batch: Batch, draws: int, seed: int) -> Iterator[Draws]:
+def sign_flipped(batch: Ratios, draws: int, seed: int) -> Iterator[Draws]:
     """`draws` copies in which every log-ratio has a random sign."""
     rng = np.random.default_rng([seed, 3])
     for copies, mask in _copies(batch, draws):
@@ -102,7 +81,7 @@ def sign_flipped(batch: Batch, draws: int, seed: int) -> Iterator[Draws]:
         yield Draws(np.tile(batch.log_ratio, (copies, 1)) * signs, mask, old, copies)
 
 
-def _copies(batch: Batch, draws: int) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+def _copies(batch: Ratios, draws: int) -> Iterator[tuple[int, NDArray[np.bool_]]]:
     at_once = max(1, TOKENS_AT_ONCE // batch.mask.size)
     for start in range(0, draws, at_once):
         copies = min(at_once, draws - start)

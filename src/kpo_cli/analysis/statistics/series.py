@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 
 from kpo_cli.analysis.config import AnalyzeConfig
-from kpo_cli.analysis.records import Batch
 from kpo_cli.core.filters import FILTERS, RatioFilter
 from kpo_cli.core.methods import build, with_q
 from kpo_cli.errors import UserError
+from kpo_cli.runs.ratios import Ratios
 
 RAW, RECORDED = "raw", "recorded"
 NEUTRAL_LOG_PROB = float(np.log(0.5))
@@ -27,7 +27,7 @@ class Series:
     ratio_filter: RatioFilter | None = None
     """None for `recorded`, which is read from the file."""
 
-    def of(self, batch: Batch) -> NDArray[np.float64]:
+    def of(self, batch: Ratios) -> NDArray[np.float64]:
         """(B, T) float64, zero outside the mask."""
         if self.ratio_filter is None:
             assert batch.filtered_log_ratio is not None
@@ -95,7 +95,7 @@ def describe(series: Series) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in parameters.items())
 
 
-def share_passed(series: Series, batch: Batch, shift: float) -> float:
+def share_passed(series: Series, batch: Ratios, shift: float) -> float:
     """How much of a constant log-ratio `shift` shows at the last token, the mean over the responses of `batch`.
 
     The filter is given that constant in place of the log-ratios, at the same tokens: this holds for any filter, at

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kpo_cli.analysis.signs import Bools, Floats
+from kpo_cli.analysis.statistics.signs import Bools, Floats
 
 BINS = 25
 """Of the mean spectrum, from 0 to 0.5 cycles per token."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kpo_cli.analysis.signs import Bools, Floats, neighbours, run_starts, states
+from kpo_cli.analysis.statistics.signs import Bools, Floats, neighbours, run_starts, states
 
 Sums = NDArray[np.float64]
 

@@ -1,0 +1,1 @@
+"""Pages, figures, tables and words of what the other two wings found."""

@@ -1,0 +1,1 @@
+"""Of one set of ratios: every number and every verdict."""

@@ -1,0 +1,60 @@
+"""Rows of samples.jsonl: a response, graded; and tables of them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kpo_cli.data.problems import Problem
+from kpo_cli.policy.response import Response
+from kpo_cli.rewards import Verdict, grade_batch
+from kpo_cli.rewards.normalize import normalize
+from kpo_cli.runs.samples import Key, Row
+
+
+def make_rows(
+    key: Key, places: Sequence[int], problems: Sequence[Problem], texts: list[list[str]], groups: list[list[Response]]
+) -> list[Row]:
+    """Graded rows of some problems: `texts[i]` and `groups[i]` are the samples of `problems[i]`."""
+    pairs = [(text, problem.answer) for problem, row in zip(problems, texts, strict=True) for text in row]
+    verdicts = iter(grade_batch(pairs))
+    return [
+        {
+            "subject": key[0],
+            "benchmark": key[1],
+            "place": place,
+            "id": problem.id,
+            "sample": number,
+            "answer": problem.answer,
+            "response": text,
+            "tokens": len(response.token_ids),
+            "finish": "stop" if response.finished else "length",
+            **_graded(next(verdicts)),
+        }
+        for place, problem, row, group in zip(places, problems, texts, groups, strict=True)
+        for number, (text, response) in enumerate(zip(row, group, strict=True))
+    ]
+
+
+def regraded(rows: list[Row]) -> list[Row]:
+    """The same samples with new verdicts."""
+    verdicts = grade_batch([(row["response"], row["answer"]) for row in rows])
+    return [{**row, **_graded(verdict)} for row, verdict in zip(rows, verdicts, strict=True)]
+
+
+def correct_table(table: list[list[Row]]) -> np.ndarray:
+    """(Q, n) booleans."""
+    return np.array([[row["correct"] for row in rows] for rows in table])
+
+
+def answer_table(table: list[list[Row]]) -> list[list[str | None]]:
+    """Normalised answers, None where there is none."""
+    return [[None if row["extracted"] is None else normalize(row["extracted"]) for row in rows] for rows in table]
+
+
+def _graded(verdict: Verdict) -> Row:
+    return {
+        "extracted": verdict.extracted,
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "grader_failed": verdict.failed,
+    }

@@ -1,0 +1,1 @@
+"""Intervals and tests, for evaluation, analysis and the terminal alike."""

@@ -1,0 +1,1 @@
+"""The policy: loading it, and scoring with it."""

@@ -1,0 +1,149 @@
+"""The live objects of a run, made from its configuration."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from kpo_cli.config import PeriodicEvalConfig, RolloutConfig, TrainConfig
+from kpo_cli.core import MaskedImportance, Objective, ReferenceKL, TruncatedImportance, build_objective
+from kpo_cli.data.load import ProblemSets
+from kpo_cli.data.prompts import PromptBuilder
+from kpo_cli.errors import UserError
+from kpo_cli.evaluation.benchmarks import load_benchmarks
+from kpo_cli.policy.load import Policy, choose_device, load_policy, share_threads
+from kpo_cli.policy.lora import halve_frozen_layers, without_adapters
+from kpo_cli.policy.memory import max_tokens
+from kpo_cli.policy.scorer import Scorer, make_packable
+from kpo_cli.rollout.engine import choose_engine
+from kpo_cli.training.check import check_context
+from kpo_cli.training.describe import notes_of
+from kpo_cli.training.display import Display
+from kpo_cli.training.loop import Training
+from kpo_cli.training.optimizer import make_optimizer
+from kpo_cli.training.sampler import make_sampler
+from kpo_cli.training.step import Updater
+from kpo_cli.training.supervised import Demonstrations
+
+
+def assemble(
+    config: TrainConfig, objective: Objective, problems: ProblemSets, policy: Policy, display: Display
+) -> tuple[Training, list[str]]:
+    """All live objects of a run, and what the user should know about them."""
+    trainer, rollout = config.trainer, config.rollout
+    workers = share_threads(trainer.threads, policy.parameters, policy.model.device)
+    check_context(config, policy)
+    builder = PromptBuilder(policy.tokenizer, config.model, config.data)
+    train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
+    heldout, heldout_dropped = builder.build_all(problems.heldout, rollout.max_prompt_tokens, "held-out")
+    benchmarks = {}
+    for benchmark in load_benchmarks(trainer.eval.benchmarks, config.known, trainer.eval.data_dir):
+        prompts, too_long = builder.build_all(benchmark.problems, rollout.max_prompt_tokens, benchmark.name)
+        if too_long:
+            raise UserError(
+                f"{benchmark.name}: {too_long} prompts are longer than rollout.max_prompt_tokens="
+                f"{rollout.max_prompt_tokens}, and no problem of a benchmark may be left out; raise it"
+            )
+        benchmarks[benchmark.name] = prompts
+    if len(train_prompts) < trainer.prompts_per_step:
+        raise UserError(
+            f"trainer.prompts_per_step={trainer.prompts_per_step} but there are only {len(train_prompts)} training "
+            f"problems; lower it"
+        )
+    scorer, note = _scorer(policy, rollout.temperature)
+    updater = Updater(
+        scorer=scorer,
+        optimizer=make_optimizer(policy.model, trainer),
+        objective=objective,
+        mini_batches=trainer.mini_batches,
+        max_tokens=trainer.max_tokens_per_micro_batch or max_tokens(policy.parameters, policy.model.device),
+        max_grad_norm=trainer.max_grad_norm,
+        mask_truncated=trainer.mask_truncated,
+        sampler_log_probs=trainer.old_log_probs == "auto" and rollout.name == "hf" and policy.dtype == "float32",
+        reference=_reference(config, scorer),
+        workers=workers,
+    )
+    demonstrations = Demonstrations(config, builder, policy)
+    if trainer.supervised.steps:
+        demonstrations.check()
+    # Last: on a GPU the engine takes its share of what everything else has left.
+    ids = [prompt.token_ids for prompt in train_prompts]
+    sampler, check, engine_notes = make_sampler(config, policy, scorer, ids, workers, display.sampled)
+    job = Training(
+        config, policy, sampler, check, updater, demonstrations, train_prompts, heldout, benchmarks, builder.templated
+    )
+    notes = notes_of(job, problems.overlap, problems.duplicates, dropped + heldout_dropped)
+    return job, [*note, *engine_notes, *notes]
+
+
+def make_objective(config: TrainConfig) -> Objective:
+    """The objective of a configuration; a bad parameter becomes a UserError."""
+    trainer = config.trainer
+    # `time_constant` has become q by now (config.resolve_filter).
+    ratio_filter = {name: value for name, value in config.filter.items() if name != "time_constant"}
+    try:
+        return build_objective(
+            filter=ratio_filter,
+            surrogate=config.method.surrogate,
+            aggregation=config.method.aggregation,
+            correction=_correction(config.rollout),
+            reference_kl=ReferenceKL(trainer.kl_coefficient, trainer.kl_estimator) if trainer.kl_coefficient else None,
+            entropy_bonus=trainer.entropy_bonus,
+        )
+    except ValueError as error:
+        raise UserError(f"method={config.method.name}: {error}") from None
+
+
+def _correction(rollout: RolloutConfig) -> TruncatedImportance | MaskedImportance | None:
+    cap, kind = rollout.correction_cap, rollout.correction
+    if kind == "auto":
+        kind = "truncate" if rollout.name == "vllm" else "none"
+    made = {"none": None, "truncate": TruncatedImportance(cap), "mask": MaskedImportance(1 / cap, cap)}
+    return made[kind]
+
+
+def with_engine(config: TrainConfig) -> TrainConfig:
+    """The configuration with rollout=auto resolved, so that the stored one names the engine."""
+    device, _ = choose_device(config.model)
+    name = choose_engine(config.rollout.name, device)
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, name=name))
+
+
+def complete(config: TrainConfig, policy: Policy) -> TrainConfig:
+    """What a resumed run needs to find again: the number of threads, and local paths from any working directory."""
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or not os.path.exists(os.path.expanduser(path)) else str(_expanded(path))
+
+    threads = config.trainer.threads or len(os.sched_getaffinity(0))
+    evaluation = PeriodicEvalConfig(
+        [absolute(name) or name for name in config.trainer.eval.benchmarks], absolute(config.trainer.eval.data_dir)
+    )
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=absolute(config.model.path)),
+        data=dataclasses.replace(config.data, path=absolute(config.data.path)),
+        trainer=dataclasses.replace(config.trainer, threads=threads, eval=evaluation),
+    )
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expanduser(path)).resolve()
+
+
+def _scorer(policy: Policy, temperature: float) -> tuple[Scorer, list[str]]:
+    """What computes log-probabilities, and a note if it has to pad."""
+    reason = make_packable(policy.model)
+    if policy.dtype == "bfloat16":
+        halve_frozen_layers(policy.model)
+    note = [] if reason is None else [f"note: this model's forward passes are padded, not packed: {reason}"]
+    return Scorer(policy.model, temperature, policy.dtype == "bfloat16", packed=reason is None), note
+
+
+def _reference(config: TrainConfig, scorer: Scorer) -> Scorer | None:
+    """The policy at the start of the run, whatever checkpoint this one goes on from; None without a KL to it."""
+    if not config.trainer.kl_coefficient:
+        return None
+    if config.model.lora.rank:
+        return dataclasses.replace(scorer, model=without_adapters(scorer.model))
+    model = load_policy(config.model).model.requires_grad_(False)
+    return dataclasses.replace(scorer, model=model, packed=scorer.packed and make_packable(model) is None)
