@@ -79,7 +79,7 @@ def damaged(tmp_path, kind):
         ("noise", "truncated or not a safetensors file"),
         ("empty", "the file is empty"),
         ("foreign", "not a ratio record kpo-ratios-1"),
-        ("later format", "format 'kpo-ratios-9'"),
+        ("later format", "its format is kpo-ratios-9"),
         ("nan", "log_ratio is nan at row 5, token 2, a valid token"),
         ("shape", "entropy has shape"),
         ("rows", "advantages has shape"),

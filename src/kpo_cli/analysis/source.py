@@ -10,6 +10,7 @@ from typing import Any
 
 from kpo_cli.analysis.exports import read_jsonl, read_parquet
 from kpo_cli.errors import UserError
+from kpo_cli.runs.directory import RunDir
 from kpo_cli.runs.ratios import BadRecord, Ratios, read_ratios
 
 
@@ -57,6 +58,7 @@ def _find_source(path: Path) -> Source:
         folder = run / "ratios"
         if not (folder.is_dir() or (run / "config.yaml").is_file()):
             raise UserError(f"{path}: not a run directory (it has neither config.yaml nor ratios/)")
+        RunDir(run).check_format()
         found = sorted(entry for entry in folder.glob("*") if entry.is_file() and not entry.name.startswith("."))
         shown = path.parent if absolute.name == "ratios" else path
         return Source(run.name, [shown / "ratios" / file.name for file in found], shown / "analysis", run=shown)

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from kpo_cli.config import DataConfig, ModelConfig, convert
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
@@ -15,6 +13,7 @@ from kpo_cli.evaluation.config import EvalConfig
 from kpo_cli.policy.load import Policy, load_policy
 from kpo_cli.policy.lora import MERGED
 from kpo_cli.runs.checkpoints import newest_checkpoint
+from kpo_cli.runs.directory import RunDir
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -84,7 +83,7 @@ def _prompting(run: Path | None, config: EvalConfig) -> Prompting:
     """What the configuration says; what it inherits comes from the run, or from `Prompting` where there is none."""
     inherited = Prompting()
     if run is not None:
-        stored: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+        stored = RunDir(run).config()
         model, data = stored["model"], stored["data"]
         inherited = Prompting(
             model["chat_template"], model["chat_template_kwargs"], data["system_prompt"], data["instruction"]

@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from kpo_cli.errors import UserError
+from kpo_cli.runs.formats import RUN, unreadable
 
 PACKAGES = ("kpo-cli", "torch", "transformers", "tokenizers", "safetensors", "numpy", "hydra-core", "math-verify")
 
@@ -86,7 +87,15 @@ class RunDir:
         """Remove the directory with all that is in it."""
         shutil.rmtree(self.path)
 
+    def check_format(self) -> None:
+        """Raise UserError if a newer kpo wrote it. Without a manifest, or a format in it, an older one did."""
+        written = self.manifest() if (self.path / "manifest.json").exists() else {}
+        if problem := unreadable(written.get("format", RUN), RUN):
+            raise UserError(f"{self.path} cannot be opened: {problem}")
+
     def config(self) -> dict[str, Any]:
+        """The stored configuration. Raises UserError if it cannot be read, or a newer kpo wrote it."""
+        self.check_format()
         try:
             plain: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
         except Exception as error:
@@ -201,6 +210,7 @@ def default_run_dir(label: str) -> Path:
 def make_manifest(**facts: Any) -> dict[str, Any]:
     """What is needed to run it again: command, versions, source, machine, and the `facts` given."""
     return {
+        "format": RUN,
         "command": shlex.join(["kpo", *sys.argv[0].split()[1:], *sys.argv[1:]]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},

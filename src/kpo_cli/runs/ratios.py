@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = "kpo-ratios-1"
+from kpo_cli.runs.formats import RATIOS, unreadable
+
 TOKEN_TENSORS = ("old_log_probs", "rollout_log_probs", "entropy", "filtered_log_ratio", "response_ids")
 ROW_TENSORS = ("advantages", "rewards", "mini_batch_index", "prompt_index", "prompt_lengths")
 PIECE_TOKENS = 2**18
@@ -103,7 +104,7 @@ def write_ratios(run: Path, step: int, tensors: dict[str, Any], metadata: dict[s
     final = folder / f"step-{step:06d}.safetensors"
     draft = final.with_name(f".{final.name}.{os.getpid()}")
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    described = {"format": FORMAT, "step": step, **metadata}
+    described = {"format": RATIOS, "step": step, **metadata}
     save_file(contiguous, draft, metadata={key: json.dumps(value) for key, value in described.items()})
     draft.rename(final)
     return final
@@ -130,9 +131,10 @@ def _metadata(raw: dict[str, str]) -> dict[str, Any]:
         metadata = {name: json.loads(value) for name, value in raw.items()}
     except ValueError:
         metadata = {}
-    if metadata.get("format") != FORMAT:
-        found = f"format {metadata['format']!r}" if "format" in metadata else "no such format in its metadata"
-        raise BadRecord(f"not a ratio record {FORMAT} ({found})")
+    if "format" not in metadata:
+        raise BadRecord(f"not a ratio record {RATIOS} (no such format in its metadata)")
+    if problem := unreadable(metadata["format"], RATIOS):
+        raise BadRecord(problem)
     if not isinstance(metadata.get("step"), int):
         raise BadRecord("its metadata has no step")
     return metadata

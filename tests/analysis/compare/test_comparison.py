@@ -132,7 +132,7 @@ def test_runs_that_ended_apart_are_named(tmp_path):
 def test_what_cannot_be_read_is_one_line(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match=r"config.yaml or metrics.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"config.yaml cannot be read"):
         load_run("empty", empty)
     broken = make_run(tmp_path / "broken")
     (broken / "config.yaml").write_text("a: [")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from kpo_cli.errors import UserError
 from kpo_cli.intervals.means import mean_interval
@@ -64,16 +63,14 @@ class Run:
 
 def load_run(name: str, path: Path) -> Run:
     """Raises UserError if there is no run with metrics at `path`."""
+    config = RunDir(path).config()
     try:
-        plain: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
         rows = [row for row in RunDir(path).metrics() if isinstance(row, dict) and isinstance(row.get("step"), int)]
-    except Exception as error:  # whatever YAML and OmegaConf raise
-        raise UserError(f"{path}: its config.yaml or metrics.jsonl cannot be read ({first_line(error)})") from None
-    if not isinstance(plain, dict):
-        raise UserError(f"{path}/config.yaml is not a configuration")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}/metrics.jsonl cannot be read ({first_line(error)})") from None
     if not rows:
         raise UserError(f"{path} has no metrics yet")
-    return Run(name, flat(plain), rows)
+    return Run(name, flat(config), rows)
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
