@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from kpo_cli.errors import RunStopped
 from kpo_cli.policy.load import SMALL_MODEL
+from kpo_cli.policy.lora import merged_once
 from kpo_cli.policy.response import Response
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import decoder
@@ -92,7 +93,8 @@ class HFSampler:
             return self._sample_batch([prompts[i] for i, _ in batch], seeds, lean, tally.of_batch())
 
         batches = self._batches(prompts, samples)
-        sampled = dict(zip(chain(*batches), chain(*self.workers.map(work, batches)), strict=True))
+        with merged_once(self.model):
+            sampled = dict(zip(chain(*batches), chain(*self.workers.map(work, batches)), strict=True))
         return [[sampled[i, j] for j in range(samples)] for i in range(len(prompts))]
 
     def refresh(self) -> None:

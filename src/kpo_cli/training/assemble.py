@@ -11,7 +11,7 @@ from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import load_benchmarks
 from kpo_cli.policy.load import Policy, choose_device, load_policy, share_threads
-from kpo_cli.policy.lora import halve_frozen_layers, without_adapters
+from kpo_cli.policy.lora import merge_in_forward, without_adapters
 from kpo_cli.policy.memory import max_tokens
 from kpo_cli.policy.scorer import Scorer, make_packable
 from kpo_cli.rollout.engine import choose_engine
@@ -134,7 +134,7 @@ def _scorer(policy: Policy, temperature: float) -> tuple[Scorer, list[str]]:
     """What computes log-probabilities, and a note if it has to pad."""
     reason = make_packable(policy.model)
     if policy.dtype == "bfloat16":
-        halve_frozen_layers(policy.model)
+        merge_in_forward(policy.model)
     note = [] if reason is None else [f"note: this model's forward passes are padded, not packed: {reason}"]
     return Scorer(policy.model, temperature, policy.dtype == "bfloat16", packed=reason is None), note
 
