@@ -95,7 +95,8 @@ def merge_in_forward(model: Any) -> None:
     """
     for layer in adapted(model):
         layer.get_base_layer().to(torch.bfloat16)
-        layer.__class__ = _merging(type(layer))  # a copy of the model has it as well, as it would not a wrapped method
+        kind: Any = type(layer)
+        layer.__class__ = _merging(kind)  # not a wrapped method: that of a copied model would be the first one's
 
 
 @contextmanager
