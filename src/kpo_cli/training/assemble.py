@@ -131,12 +131,26 @@ def _expanded(path: str) -> Path:
 
 
 def _scorer(policy: Policy, temperature: float) -> tuple[Scorer, list[str]]:
-    """What computes log-probabilities, and a note if it has to pad."""
+    """What computes log-probabilities, and a warning if it has to pad."""
     reason = make_packable(policy.model)
     if policy.dtype == "bfloat16":
         merge_in_forward(policy.model)
-    note = [] if reason is None else [f"note: this model's forward passes are padded, not packed: {reason}"]
-    return Scorer(policy.model, temperature, policy.dtype == "bfloat16", packed=reason is None), note
+    return Scorer(policy.model, temperature, policy.dtype == "bfloat16", packed=reason is None), _padding(
+        policy, reason
+    )
+
+
+def _padding(policy: Policy, reason: str | None) -> list[str]:
+    """What it costs that a model cannot be packed, if there is a `reason`."""
+    if reason is None:
+        return []
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    held = 1024 * vocabulary * 8 / 2**30  # in float32, and their logarithms of probabilities for the backward pass
+    return [
+        f"warning: this model's forward passes are padded, not packed ({reason}): each row of a micro-batch takes as "
+        f"long as its longest, each response computes its prompt again, and 1,024 tokens hold at least {held:.2g} GiB "
+        f"of logits of the vocabulary of {vocabulary:,}"
+    ]
 
 
 def _reference(config: TrainConfig, scorer: Scorer) -> Scorer | None:
