@@ -4,7 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from kpo_cli.config import PeriodicEvalConfig, RolloutConfig, TrainConfig
+from kpo_cli.config import PeriodicEvalConfig, TrainConfig
 from kpo_cli.core import MaskedImportance, Objective, ReferenceKL, TruncatedImportance, build_objective
 from kpo_cli.data.load import ProblemSets
 from kpo_cli.data.prompts import PromptBuilder
@@ -85,7 +85,7 @@ def make_objective(config: TrainConfig) -> Objective:
             filter=ratio_filter,
             surrogate=config.method.surrogate,
             aggregation=config.method.aggregation,
-            correction=_correction(config.rollout),
+            correction=_correction(config),
             reference_kl=ReferenceKL(trainer.kl_coefficient, trainer.kl_estimator) if trainer.kl_coefficient else None,
             entropy_bonus=trainer.entropy_bonus,
         )
@@ -93,10 +93,12 @@ def make_objective(config: TrainConfig) -> Objective:
         raise UserError(f"method={config.method.name}: {error}") from None
 
 
-def _correction(rollout: RolloutConfig) -> TruncatedImportance | MaskedImportance | None:
-    cap, kind = rollout.correction_cap, rollout.correction
+def _correction(config: TrainConfig) -> TruncatedImportance | MaskedImportance | None:
+    """`auto`: wherever the sampler's log-probabilities are not the trainer's but for float32 rounding."""
+    cap, kind = config.rollout.correction_cap, config.rollout.correction
     if kind == "auto":
-        kind = "truncate" if rollout.name == "vllm" else "none"
+        _, half = choose_device(config.model)
+        kind = "truncate" if half or config.rollout.name == "vllm" else "none"
     made = {"none": None, "truncate": TruncatedImportance(cap), "mask": MaskedImportance(1 / cap, cap)}
     return made[kind]
 
