@@ -32,13 +32,13 @@ def blocked(model, block, **changes):
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[2::2]], ids=["padded", "even"])
-@pytest.mark.parametrize("block", [1, 5, 16, 128])
+@pytest.mark.parametrize("block", [5, 128])
 @pytest.mark.parametrize("name", SHAPES)
 def test_blocks_change_no_number(name, block, prompts):
     model = model_of(name)
     for shared in (False, True):  # transformers' own attention, and ours for one new token
         own = model.config._attn_implementation
-        if shared and (own != "sdpa" or block != 16):
+        if shared and (own != "sdpa" or block != 5):
             continue
         model.set_attn_implementation(NAME if shared else own)
         try:
@@ -78,8 +78,11 @@ LONG = SMALL | {"max_position_embeddings": 512}
 WINDOW = {"sliding_window": 200, "layer_types": ["sliding_attention", "full_attention"]}
 
 
-@pytest.mark.parametrize("prompts", [[[5, 6, 7], [8]], [[5, 6, 7]]], ids=["padded", "even"])
-@pytest.mark.parametrize("attention", ["sdpa", NAME])
+@pytest.mark.parametrize(
+    ("attention", "prompts"),
+    [("sdpa", [[5, 6, 7]]), (NAME, [[5, 6, 7], [8]]), (NAME, [[5, 6, 7]])],
+    ids=["theirs", "ours, padded", "ours"],
+)
 @pytest.mark.parametrize(
     ("family", "settings", "most"),
     [("Qwen3", {}, 3), ("Mistral", {"sliding_window": 8}, 1), ("Gemma3Text", WINDOW, 2 + 3)],

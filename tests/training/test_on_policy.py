@@ -53,8 +53,11 @@ def scorer_of(name, half, packed, lora=False, checkpointing=False):
     return Scorer(model, 0.8, half, packed)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("checkpointing", "workers"),
+    [(False, 1), (True, 1), (True, 2)],
+    ids=["kept", "recomputed", "recomputed in two threads"],
+)
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapters"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])

@@ -46,7 +46,7 @@ def make_sampler(
             workers=workers,
             progress=progress,
         )
-        # In bfloat16 a token by itself is not rounded as it is among others, and its weights may be stale as well.
+        # In bfloat16 a token by itself is not rounded as it is among others.
         return sampler, SamplerCheck(trainer_score(scorer), half) if half else None, []
     engine = VLLMEngine(
         policy,
