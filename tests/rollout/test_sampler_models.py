@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kpo_cli.policy.attention import decode_attention
 from kpo_cli.policy.load import context_of
@@ -273,14 +273,13 @@ def test_a_growing_cache_holds_what_the_concatenated_one_holds():
 
 
 def test_layers_of_another_kind_stay_as_they_are():
-    model = model_of("gemma3")
+    model = model_of("lfm2")
     with torch.no_grad():
         held = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
     kinds = [type(layer) for layer in held.layers]
     spread(held, torch.tensor([0, 0]), limit=10)
-    assert kinds[0] is not DynamicLayer
+    assert kinds[0] not in (DynamicLayer, DynamicSlidingWindowLayer)
     assert [type(layer) for layer in held.layers] == [kinds[0], GrowingLayer]
-    assert all(layer.keys.shape[0] == 2 for layer in held.layers)
 
 
 @pytest.mark.parametrize("make", [torch.rand, lambda *shape: torch.rand(*shape) ** 40])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_runs import metrics, raw_config, resume, same_weights, train, weights
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
 
 from kpo_cli.config import train_config
 from kpo_cli.policy.response import Response
@@ -119,3 +120,19 @@ def test_a_reference_that_cannot_be_packed_is_padded(monkeypatch):
     assert not assemble._reference(config, scorer).packed
     monkeypatch.undo()
     assert assemble._reference(config, scorer).packed
+
+
+def test_a_model_that_pads_says_what_it_costs():
+    shape = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+    def scored(config):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        return assemble._scorer(SimpleNamespace(model=model, dtype="float32"), 1.0)
+
+    scorer, lines = scored(LlamaConfig(**shape))
+    assert scorer.packed
+    assert lines == []
+    scorer, (line,) = scored(GraniteConfig(**shape, logits_scaling=3.0))
+    assert not scorer.packed
+    assert line.startswith("warning: this model's forward passes are padded, not packed (log-probabilities differ by ")
+    assert line.endswith("1,024 tokens hold at least 0.031 GiB of logits of the vocabulary of 4,096")

@@ -207,6 +207,7 @@ def _sampler(item: Asked, engine: VLLMEngine | None, config: EvalConfig, progres
         max_response_tokens=config.eval.max_tokens,
         batch_size=config.eval.batch_size,
         top_p=config.eval.top_p,
+        half=item.policy.dtype == "bfloat16",
         workers=item.workers,
         progress=progress,
     )

@@ -147,9 +147,22 @@ def _prepare(
                 setattr(module, name, 0.0)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    choose_kernels(device)
     model.eval().to(device)
     if half:  # one place for sampling and training alike, so that both see the same numbers
         model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(model.forward)
+
+
+def choose_kernels(device: torch.device) -> None:
+    """Set, for this process, which of a GPU's kernels a policy may run on; on a CPU there is nothing to choose."""
+    if device.type != "cuda":
+        return
+    # On recent cards torch prefers cuDNN's attention, which builds a plan for every new shape, a second or so each; and
+    # our shapes are ragged. It might also have one plan for inference and another for training, so that the ratio of
+    # a policy to itself was not 1.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Whatever ran before us: with TF32 a float32 product has 10 bits, and the ratios of float32 policies are noise.
+    torch.set_float32_matmul_precision("highest")
 
 
 def random_model(architecture: Architecture) -> Any:

@@ -2,12 +2,17 @@
 
 The adapters are put into the transformers model, not around it: for whoever samples from it, asks for its decoder or
 calls its forward pass it stays the model that it was.
+
+In bfloat16 a layer computes with the merged weight, rounded as a sampling engine gets it. Small updates vanish in that
+rounding; if the trainer added them unrounded, every ratio of the two would hold what the engine never saw.
 """
 
 import copy
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from kpo_cli.config import LoraConfig
 from kpo_cli.errors import UserError
@@ -80,13 +87,102 @@ def adaptable(model: Any, config: LoraConfig) -> list[Any]:
     ]
 
 
-def halve_frozen_layers(model: Any) -> None:
-    """Keep the frozen weights of adapted layers in bfloat16, for a forward pass in bfloat16.
+def merge_in_forward(model: Any) -> None:
+    """Let adapted layers compute, for a forward pass in bfloat16, with the merged weight in bfloat16.
 
-    That changes no number: autocast would round the same weights in the same way, again in each pass.
+    Their frozen weights are kept in bfloat16, which costs the rounding of weights that came in float32. Nothing to a
+    model without adapters.
     """
     for layer in adapted(model):
         layer.get_base_layer().to(torch.bfloat16)
+        kind: Any = type(layer)
+        layer.__class__ = _merging(kind)  # not a wrapped method: that of a copied model would be the first one's
+
+
+@contextmanager
+def merged_once(model: Any) -> Iterator[None]:
+    """Within the block a forward pass without gradients does not merge anew; for sampling, token by token.
+
+    The weights must stay as they are meanwhile. What is kept takes 2 bytes a frozen weight.
+    """
+    layers = [layer for layer in adapted(model) if isinstance(layer, _Merging)]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.kept = _merged(layer).to(torch.bfloat16)
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None
+
+
+class _Merging:
+    """What `merge_in_forward` adds to a layer of peft."""
+
+    kept: Tensor | None = None
+    """The merged weight, within `merged_once`."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """(..., out) bfloat16 from `x` (..., in)."""
+        base, x = self.get_base_layer(), x.to(torch.bfloat16)
+        if self.kept is not None and not torch.is_grad_enabled():
+            return _linear(x, self.kept, base.bias, self.fan_in_fan_out)
+        a, b = self.lora_A[NAME].weight, self.lora_B[NAME].weight
+        merged: Tensor = _MergedLinear.apply(x, a, b, self)
+        return merged
+
+
+@cache
+def _merging(kind: Any) -> type:
+    return type(f"Merging{kind.__name__}", (_Merging, kind), {})
+
+
+class _MergedLinear(torch.autograd.Function):
+    """y = x M^T + bias with M = W + s B A rounded to bfloat16; the gradient passes through the rounding as it is.
+
+    M is made again for the backward pass: kept, it would be a copy of all weights. With g the gradient of y, that of
+    x is g M, and those of A and B are s (g B)^T x and s g^T (x A^T), for which the one of M is never formed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: Any) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        ctx.layer = layer
+        return _linear(x, _merged(layer).to(x.dtype), layer.get_base_layer().bias, layer.fan_in_fan_out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b = ctx.saved_tensors
+        layer, scale = ctx.layer, ctx.layer.scaling[NAME]
+        x_grad = a_grad = b_grad = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                merged = _merged(layer).to(x.dtype)
+                x_grad = gradient @ (merged.t() if layer.fan_in_fan_out else merged)
+            rows, gradients = x.flatten(0, -2), gradient.flatten(0, -2)
+            if ctx.needs_input_grad[1]:
+                a_grad = ((gradients @ b.to(x.dtype)).t() @ rows).to(a.dtype) * scale
+            if ctx.needs_input_grad[2]:
+                b_grad = (gradients.t() @ (rows @ a.to(x.dtype).t())).to(b.dtype) * scale
+        return x_grad, a_grad, b_grad, None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """What nn.Linear computes or, `transposed`, GPT-2's Conv1D, to the bit."""
+    if not transposed:
+        return F.linear(x, weight, bias)
+    assert bias is not None
+    return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+
+def _merged(layer: Any) -> Tensor:
+    """W + (alpha / rank) B A of an adapted layer, float32 and detached, in the layout of W."""
+    base = layer.get_base_layer().weight.detach()
+    # Under autocast the product of the adapters would be rounded.
+    with torch.autocast(base.device.type, enabled=False):
+        merged: Tensor = base + layer.get_delta_weight(NAME).detach()
+        return merged
 
 
 def save_adapters(model: Any, folder: Path) -> None:
@@ -156,7 +252,7 @@ def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     layers = {f"{name}.base_layer.weight": layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, tensor in model.state_dict().items():
         if name in layers:
-            yield name.replace(".base_layer.", "."), tensor.float() + layers[name].get_delta_weight(NAME).detach()
+            yield name.replace(".base_layer.", "."), _merged(layers[name])
         elif ".base_layer." in name:
             yield name.replace(".base_layer.", "."), tensor.float()
         elif ".lora_" not in name:

@@ -5,7 +5,7 @@ Two ways with the same values and gradients. Packed: no padding, each prompt onc
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from kpo_cli.policy.response import Response
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 TOLERANCE = 1e-4
-"""Between the log-probs of both ways in float32, where they differ by rounding alone."""
+"""Between the log-probs of both ways. Where float32 rounds by more, as in a deep model, float64 has to decide."""
 PROBE_WINDOW = 4
 """Of `make_packable`'s rows, which have 5 to 14 tokens."""
 
@@ -184,18 +184,79 @@ def make_packable(model: Any) -> str | None:
     if type(head) is not torch.nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         return f"its head is not a plain linear layer ({type(head).__name__})"
     batch = _probe(config.vocab_size)
-    with torch.no_grad(), _short_windows(model):
+    try:
+        gap = _gap(model, batch)
+        if not gap < TOLERANCE:
+            with _in_float64(model):
+                gap = _gap(model, batch)
+        reason = None if gap < TOLERANCE else f"log-probabilities differ by {gap:.2g}"
+    except Exception as error:  # a stranger's model code may raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    model.set_attn_implementation(own if reason else NAME)
+    return reason
+
+
+@torch.no_grad()
+def _gap(model: Any, batch: Batch) -> float:
+    """The largest difference of the log-probabilities, padded and packed."""
+    own = model.config._attn_implementation
+    with _short_windows(model):
         expected, _ = Scorer(model, 1.0)(batch)
         model.set_attn_implementation(NAME)
         try:
             values, _ = Scorer(model, 1.0, packed=True)(batch)
-            gap = float((values - expected)[batch.response_mask.to(values.device)].abs().max())
-            reason = None if gap < TOLERANCE else f"log-probabilities differ by {gap:.2g}"
-        except Exception as error:  # a stranger's model code may raise anything
-            reason = f"{type(error).__name__}: {error}"
-    if reason is not None:
-        model.set_attn_implementation(own)
-    return reason
+        finally:
+            model.set_attn_implementation(own)
+    return float((values - expected)[batch.response_mask.to(values.device)].abs().max())
+
+
+@contextmanager
+def _in_float64(model: Any) -> Iterator[None]:
+    """Within the block the model computes in float64, with no more than one layer and the head copied at a time.
+
+    What it rounds to float32 by itself, as in its norms, it rounds both ways alike.
+    """
+    narrow: dict[torch.nn.Parameter, Tensor] = {}
+    head = list(model.get_output_embeddings().parameters())  # read from outside its forward pass
+
+    def widen(parameters: Iterable[torch.nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.dtype == torch.float32:
+                narrow[parameter] = parameter.data
+                parameter.data = parameter.data.double()
+
+    def restore(parameters: Iterable[torch.nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter in narrow:
+                parameter.data = narrow.pop(parameter)
+
+    handles = []
+    experts = model.config._experts_implementation
+    for module, own in _units(model):
+        passing = [parameter for parameter in own if not any(parameter is other for other in head)]
+        handles.append(module.register_forward_pre_hook(lambda *_, own=passing: widen(own)))
+        handles.append(module.register_forward_hook(lambda *_, own=passing: restore(own)))
+    try:
+        if experts is not None:
+            model.set_experts_implementation("eager")  # a grouped product has no float64
+        widen(head)
+        yield
+    finally:
+        if experts is not None:
+            model.set_experts_implementation(experts)
+        for handle in handles:
+            handle.remove()
+        restore(list(narrow))
+
+
+def _units(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, list[torch.nn.Parameter]]]:
+    """The layers of a model, each with all of its parameters, and what stands around them with its own."""
+    yield module, list(module.parameters(recurse=False))
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from ((layer, list(layer.parameters())) for layer in child)
+        else:
+            yield from _units(child)
 
 
 @contextmanager

@@ -182,7 +182,7 @@ def _gap(model: Any, ids: Tensor, padding: Tensor) -> float:
         use_cache=True,
     ).past_key_values
     spread(cache, torch.arange(rows), length)
-    if not all(isinstance(layer, GrowingLayer) for layer in cache.layers):
+    if not all(isinstance(layer, GrowingLayer) and layer.window is None for layer in cache.layers):
         return torch.inf  # a window, of which so few tokens see nothing
     decoder = Decoder.of(model, length)
     assert decoder is not None

@@ -22,16 +22,19 @@ from torch.nn import functional
 
 from kpo_cli.errors import RunStopped
 from kpo_cli.policy.load import SMALL_MODEL
+from kpo_cli.policy.lora import merged_once
 from kpo_cli.policy.response import Response
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import decoder
-from kpo_cli.rollout.cache import spread
+from kpo_cli.rollout.cache import rounded_up, spread
 from kpo_cli.rollout.decoder import Decoder
 
 REPORT_EVERY = 16
 """Tokens between two calls of `progress`."""
 CUDA_CHECK_EVERY = 8
 """Tokens between two looks at what has ended on a GPU, which has to wait for each. A CPU looks at every token."""
+CUDA_CACHE_BLOCK = 128
+"""Attention on a GPU reads the keys and values of a multiple of so many tokens. On a CPU it reads what there is."""
 COMPACT_SHARE = 1 / 16
 """Ended responses leave the batch once they are more than this share of it."""
 LEAN_BATCH = 128
@@ -53,11 +56,13 @@ class HFSampler:
         max_response_tokens: int,
         batch_size: int,
         top_p: float = 1.0,
+        half: bool = False,
         workers: Workers | None = None,
         progress: Report | None = None,
     ) -> None:
         """`stop_ids` end a response; at most `batch_size` responses are sampled at a time by each of `workers`.
 
+        `half`: the forward pass is bfloat16, and so are the keys and values that are kept.
         `top_p` below 1 samples from the nucleus. It is for evaluation alone: a policy is not trained on it.
         `progress` is told now and then how far the present `sample` is, from any thread but never from two at a time.
         """
@@ -66,10 +71,13 @@ class HFSampler:
         self.temperature = temperature
         self.top_p = top_p
         self.max_response_tokens = max_response_tokens
-        self.check_every = 1 if model.device.type == "cpu" else CUDA_CHECK_EVERY
+        cpu = model.device.type == "cpu"
+        self.check_every = 1 if cpu else CUDA_CHECK_EVERY
+        self.cache_block = None if cpu else CUDA_CACHE_BLOCK
+        # Norms of queries and keys leave them in float32 under autocast. Attention rounds them in any case.
+        self.cache_dtype = torch.bfloat16 if half else None
         self.workers = Workers() if workers is None else workers
-        small = model.device.type == "cpu" and model.num_parameters() < SMALL_MODEL
-        self.lean = small and decoder.fits(model)
+        self.lean = cpu and model.num_parameters() < SMALL_MODEL and decoder.fits(model)
         self.batch_size = min(batch_size, LEAN_BATCH) if self.lean else batch_size
         self.progress = progress
 
@@ -85,14 +93,15 @@ class HFSampler:
         places = range(len(prompts)) if places is None else places
         tally = _Tally(self.progress)
         longest = max(map(len, prompts), default=0) + self.max_response_tokens
-        lean = Decoder.of(self.model, longest) if self.lean else None
+        lean = Decoder.of(self.model, longest) if self.lean and self.cache_block is None else None
 
         def work(batch: list[tuple[int, int]]) -> list[Response]:
             seeds = None if greedy else [[*seed, places[i], j] for i, j in batch]
             return self._sample_batch([prompts[i] for i, _ in batch], seeds, lean, tally.of_batch())
 
         batches = self._batches(prompts, samples)
-        sampled = dict(zip(chain(*batches), chain(*self.workers.map(work, batches)), strict=True))
+        with merged_once(self.model):
+            sampled = dict(zip(chain(*batches), chain(*self.workers.map(work, batches)), strict=True))
         return [[sampled[i, j] for j in range(samples)] for i in range(len(prompts))]
 
     def refresh(self) -> None:
@@ -130,7 +139,9 @@ class HFSampler:
         self, prompts: list[list[int]], uniforms: Tensor | None, lean: Decoder | None, progress: Report
     ) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities (B, T); what stands behind a row's first stop token means nothing."""
-        running, logits = _Running.start(self.model, lean, prompts, self.max_response_tokens)
+        running, logits = _Running.start(
+            self.model, lean, prompts, self.max_response_tokens, self.cache_block, self.cache_dtype
+        )
         shape = (self.max_response_tokens, len(prompts))
         tokens = torch.zeros(shape, dtype=torch.long, device=logits.device)
         log_probs = torch.zeros(shape, device=logits.device)
@@ -196,17 +207,29 @@ class _Running:
     rows: Tensor
     """(R,): the place in the batch of each."""
     mask: Tensor | None
-    """(R, all tokens there may be), 0 at the left padding; None if there is none: then the model builds no mask."""
+    """(R, all tokens there may be), 0 at the left padding; None if there is none: then the model builds no mask.
+
+    With a block it is always there, and 0 at what is not sampled yet as well."""
     length: int
     """Tokens in the cache, padding included."""
     padding: Tensor | None
-    """(R, 1): to the left of each; None if there is none: then the model knows the positions by itself."""
+    """(R, 1): to the left of each; None where there is no mask: then the model knows the positions by itself."""
+    block: int | None
+    """See `GrowingLayer`."""
 
     @classmethod
-    def start(cls, model: Any, lean: Decoder | None, prompts: list[list[int]], room: int) -> tuple["_Running", Tensor]:
+    def start(
+        cls,
+        model: Any,
+        lean: Decoder | None,
+        prompts: list[list[int]],
+        room: int,
+        block: int | None,
+        dtype: torch.dtype | None,
+    ) -> tuple["_Running", Tensor]:
         """Put the prompts through the model, each once; also the logits (B, V) behind each.
 
-        `room` is the most tokens that a response will have.
+        `room` is the most tokens that a response will have; `dtype` that of the cache, if it is not the model's own.
         """
         unique = list(dict.fromkeys(map(tuple, prompts)))
         place = {prompt: i for i, prompt in enumerate(unique)}
@@ -216,13 +239,16 @@ class _Running:
         padded = any(len(prompt) < length for prompt in unique)
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if padded else {}
         out = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **inputs)
-        spread(out.past_key_values, source, length + room)
+        spread(out.past_key_values, source, length + room, block=block, dtype=dtype)
         rows = torch.arange(len(prompts), device=model.device)
-        running = cls(model, lean, out.past_key_values, rows, None, length, None)
-        if padded:
+        running = cls(model, lean, out.past_key_values, rows, None, length, None, block)
+        if padded or block is not None:
             mask = mask[source]
             running.padding = length - mask.sum(-1, keepdim=True)
-            running.mask = torch.cat([mask, mask.new_ones(len(prompts), room)], dim=1)
+            ahead = mask.new_ones(len(prompts), room)
+            if block is not None:
+                ahead = mask.new_zeros(len(prompts), rounded_up(length + room, block) - length)
+            running.mask = torch.cat([mask, ahead], dim=1)
         return running, out.logits[:, -1].index_select(0, source)
 
     def forward(self, token: Tensor) -> Tensor:
@@ -231,10 +257,11 @@ class _Running:
             return self._lean_forward(token, self.lean)
         inputs = {}
         if self.mask is not None and self.padding is not None:
-            inputs = {
-                "attention_mask": self.mask[:, : self.length + 1],
-                "position_ids": self.length - self.padding,
-            }
+            length = self.length + 1
+            if self.block is not None:
+                self.mask[:, self.length] = 1
+                length = rounded_up(length, self.block)
+            inputs = {"attention_mask": self.mask[:, :length], "position_ids": self.length - self.padding}
         out = self.model(
             input_ids=token[:, None], past_key_values=self.cache, use_cache=True, logits_to_keep=1, **inputs
         )

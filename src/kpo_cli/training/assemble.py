@@ -4,14 +4,14 @@ import dataclasses
 import os
 from pathlib import Path
 
-from kpo_cli.config import PeriodicEvalConfig, RolloutConfig, TrainConfig
+from kpo_cli.config import PeriodicEvalConfig, TrainConfig
 from kpo_cli.core import MaskedImportance, Objective, ReferenceKL, TruncatedImportance, build_objective
 from kpo_cli.data.load import ProblemSets
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import load_benchmarks
 from kpo_cli.policy.load import Policy, choose_device, load_policy, share_threads
-from kpo_cli.policy.lora import halve_frozen_layers, without_adapters
+from kpo_cli.policy.lora import merge_in_forward, without_adapters
 from kpo_cli.policy.memory import max_tokens
 from kpo_cli.policy.scorer import Scorer, make_packable
 from kpo_cli.rollout.engine import choose_engine
@@ -85,7 +85,7 @@ def make_objective(config: TrainConfig) -> Objective:
             filter=ratio_filter,
             surrogate=config.method.surrogate,
             aggregation=config.method.aggregation,
-            correction=_correction(config.rollout),
+            correction=_correction(config),
             reference_kl=ReferenceKL(trainer.kl_coefficient, trainer.kl_estimator) if trainer.kl_coefficient else None,
             entropy_bonus=trainer.entropy_bonus,
         )
@@ -93,10 +93,12 @@ def make_objective(config: TrainConfig) -> Objective:
         raise UserError(f"method={config.method.name}: {error}") from None
 
 
-def _correction(rollout: RolloutConfig) -> TruncatedImportance | MaskedImportance | None:
-    cap, kind = rollout.correction_cap, rollout.correction
+def _correction(config: TrainConfig) -> TruncatedImportance | MaskedImportance | None:
+    """`auto`: wherever the sampler's log-probabilities are not the trainer's but for float32 rounding."""
+    cap, kind = config.rollout.correction_cap, config.rollout.correction
     if kind == "auto":
-        kind = "truncate" if rollout.name == "vllm" else "none"
+        _, half = choose_device(config.model)
+        kind = "truncate" if half or config.rollout.name == "vllm" else "none"
     made = {"none": None, "truncate": TruncatedImportance(cap), "mask": MaskedImportance(1 / cap, cap)}
     return made[kind]
 
@@ -131,12 +133,26 @@ def _expanded(path: str) -> Path:
 
 
 def _scorer(policy: Policy, temperature: float) -> tuple[Scorer, list[str]]:
-    """What computes log-probabilities, and a note if it has to pad."""
+    """What computes log-probabilities, and a warning if it has to pad."""
     reason = make_packable(policy.model)
     if policy.dtype == "bfloat16":
-        halve_frozen_layers(policy.model)
-    note = [] if reason is None else [f"note: this model's forward passes are padded, not packed: {reason}"]
-    return Scorer(policy.model, temperature, policy.dtype == "bfloat16", packed=reason is None), note
+        merge_in_forward(policy.model)
+    return Scorer(policy.model, temperature, policy.dtype == "bfloat16", packed=reason is None), _padding(
+        policy, reason
+    )
+
+
+def _padding(policy: Policy, reason: str | None) -> list[str]:
+    """What it costs that a model cannot be packed, if there is a `reason`."""
+    if reason is None:
+        return []
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    held = 1024 * vocabulary * 8 / 2**30  # in float32, and their logarithms of probabilities for the backward pass
+    return [
+        f"warning: this model's forward passes are padded, not packed ({reason}): each row of a micro-batch takes as "
+        f"long as its longest, each response computes its prompt again, and 1,024 tokens hold at least {held:.2g} GiB "
+        f"of logits of the vocabulary of {vocabulary:,}"
+    ]
 
 
 def _reference(config: TrainConfig, scorer: Scorer) -> Scorer | None:

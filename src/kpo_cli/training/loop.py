@@ -50,7 +50,7 @@ class Training:
     policy: Policy
     sampler: Sampler
     check: SamplerCheck | None
-    """Of what a sampling engine serves; None where the sampler uses the training weights themselves."""
+    """Of what the sampler says; None where it computes in float32 with the training weights themselves."""
     updater: Updater
     demonstrations: Demonstrations
     """For the supervised phase, where there is one."""

@@ -29,12 +29,12 @@ def make_sampler(
     workers: Workers,
     progress: Report,
 ) -> tuple[Sampler, SamplerCheck | None, list[str]]:
-    """The configured sampler, its check (None where it samples from the training weights themselves), and notes.
+    """The configured sampler, its check (None where its numbers are the trainer's but for float32 rounding), and notes.
 
     An engine is tried on a few of the `prompts` before anything is written. Raises UserError if it does not start, or
     does not give the trainer's log-probabilities.
     """
-    rollout = config.rollout
+    rollout, half = config.rollout, policy.dtype == "bfloat16"
     if rollout.name != "vllm":
         sampler = HFSampler(
             policy.model,
@@ -42,10 +42,12 @@ def make_sampler(
             temperature=rollout.temperature,
             max_response_tokens=rollout.max_response_tokens,
             batch_size=rollout.batch_size,
+            half=half,
             workers=workers,
             progress=progress,
         )
-        return sampler, None, []
+        # In bfloat16 a token by itself is not rounded as it is among others.
+        return sampler, SamplerCheck(trainer_score(scorer), half) if half else None, []
     engine = VLLMEngine(
         policy,
         max_length=rollout.max_prompt_tokens + rollout.max_response_tokens,
@@ -63,7 +65,7 @@ def make_sampler(
             progress=progress,
         )
 
-    check = SamplerCheck(trainer_score(scorer), policy.dtype == "bfloat16")
+    check = SamplerCheck(trainer_score(scorer), half)
     first = prompts[:RESPONSES]
     try:
         gap = check(first, limited(FIRST_TOKENS).sample(first, 1, (config.seed,)))
