@@ -15,10 +15,8 @@ from kpo_cli.policy.lora import adaptable
 GIB = 2**30
 LOGITS = 2**28
 """In a chunk of the log-probability stage, at most."""
-LESS_MEMORY = (
-    "lower trainer.max_tokens_per_micro_batch, rollout.batch_size or rollout.max_response_tokens, "
-    "or set model.gradient_checkpointing=true"
-)
+LESS_MEMORY = "lower trainer.max_tokens_per_micro_batch or rollout.batch_size, or set model.gradient_checkpointing=true"
+"""A run that is resumed may do so."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,12 @@ def check_memory(plan: MemoryPlan) -> str | None:
     if plan.fixed + plan.activations > plan.available:
         return f"this may run out of memory; {LESS_MEMORY}"
     return None
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """What is raised where memory runs out; cuBLAS and the allocator of a CPU have no exception of their own for it."""
+    told = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in told)
 
 
 def _activations(config: TrainConfig, model: Any, width: int, parameters: int, device: torch.device) -> int:

@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "trainer.eval_every",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",
+    "trainer.keep_optimizer",
     "trainer.ratios_every",
     "trainer.stop_after",
     "trainer.offload_optimizer",
@@ -52,6 +53,9 @@ def check_context(config: TrainConfig, policy: Policy) -> None:
 
 def changed_config(stored: dict[str, Any], raw: dict[str, Any], overrides: list[str]) -> TrainConfig:
     """The stored configuration with the changes that a resumed run may make."""
+    for key in MAY_CHANGE:  # one that the version that wrote it did not have yet
+        group, name = key.split(".")
+        stored[group].setdefault(name, raw[group][name])
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         if key == "resume":

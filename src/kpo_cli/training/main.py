@@ -10,7 +10,7 @@ from kpo_cli.config import TrainConfig, as_dict, data_label, model_label, train_
 from kpo_cli.data.load import load_problems
 from kpo_cli.errors import UserError
 from kpo_cli.policy.load import load_policy, model_identity
-from kpo_cli.runs.checkpoints import Progress, newest_checkpoint, restore
+from kpo_cli.runs.checkpoints import Progress, restore, resumable_checkpoint
 from kpo_cli.runs.directory import RunDir, check_new, default_run_dir, path_of
 from kpo_cli.training.assemble import assemble, complete, make_objective, with_engine
 from kpo_cli.training.check import changed_config, check_fit, value_at
@@ -55,7 +55,7 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         before = value_at(stored, "rollout")
         config = with_engine(changed_config(stored, raw, overrides))
         objective = make_objective(config)
-        checkpoint, damaged = newest_checkpoint(path)
+        checkpoint, damaged = resumable_checkpoint(path)
         problems = load_problems(config.data)
         manifest = run.manifest()
         for what, same in (
