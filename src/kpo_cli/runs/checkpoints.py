@@ -203,7 +203,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose checksums hold (None if there never was one), and a line for each that fails."""
-    return _newest(run, is_damaged, "whole")
+    return _newest(run, is_damaged)
 
 
 def resumable_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
@@ -211,7 +211,7 @@ def resumable_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
     Raises UserError if a newer version of kpo wrote it.
     """
-    found, problems = _newest(run, lambda path: is_damaged(path) or _unresumable(path), "one to go on from")
+    found, problems = _newest(run, lambda path: is_damaged(path) or _unresumable(path))
     if found is not None:
         written = json.loads((found / STATE).read_text()).get("format", FORMAT)  # the first ones had none
         if written != FORMAT:
@@ -232,7 +232,7 @@ def is_damaged(path: Path) -> str | None:
     return None
 
 
-def _newest(run: Path, fault: Callable[[Path], str | None], wanted: str) -> tuple[Path | None, list[str]]:
+def _newest(run: Path, fault: Callable[[Path], str | None]) -> tuple[Path | None, list[str]]:
     found = checkpoints(run)
     problems: list[str] = []
     for path in reversed(found):
@@ -240,9 +240,11 @@ def _newest(run: Path, fault: Callable[[Path], str | None], wanted: str) -> tupl
         if problem is None:
             return path, problems
         problems.append(f"{path} {problem}")
-    if found:
-        raise UserError(f"no checkpoint of {run} is {wanted}: {'; '.join(problems)}; start the run again")
-    return None, problems
+    if not found:
+        return None, problems
+    whole = [path for path in found if is_damaged(path) is None]
+    way_out = f"start a new run from its weights, model.path={whole[-1]}" if whole else "start the run again"
+    raise UserError(f"no checkpoint of {run} will do: {'; '.join(problems)}; {way_out}")
 
 
 def _unresumable(path: Path) -> str | None:

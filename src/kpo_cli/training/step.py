@@ -97,7 +97,7 @@ class Updater:
     """The policy that a reference KL is taken to."""
     workers: Workers = field(default_factory=Workers)
     _proven: int = 0
-    """Tokens of the largest micro-batch that was rehearsed."""
+    """Tokens of the largest micro-batch that was rehearsed, since memory last ran out."""
 
     def update(self, batch: Batch, for_record: bool = False) -> UpdateRecord:
         """One optimizer step for each mini-batch, in order.
@@ -188,7 +188,7 @@ class Updater:
         if not self.scorer.packed:
             return len(rows) * int((batch.prompt_lengths[rows] + lengths).max())
         prompts = dict(zip(batch.prompt_index[rows].tolist(), batch.prompt_lengths[rows].tolist(), strict=True))
-        return int(lengths.sum()) + sum(prompts.values())
+        return int((lengths - 1).sum()) + sum(prompts.values())
 
     @contextmanager
     def _room_for_moments(self) -> Iterator[None]:
@@ -279,6 +279,7 @@ class Updater:
                     raise
             # Out of the handler, so that the failed pass is not kept alive by the error's traceback.
             self.max_tokens //= 2
+            self._proven = 0
             gc.collect()
             torch.cuda.empty_cache()
 
