@@ -243,6 +243,7 @@ class TrainerConfig:
     eval: PeriodicEvalConfig
     checkpoint_every: int
     keep_checkpoints: int
+    keep_optimizer: int
     ratios_every: int
     threads: int | None
     offload_optimizer: str
@@ -252,7 +253,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for key in ("steps", "prompts_per_step", "mini_batches", "max_tokens_per_micro_batch"):
             _at_least(f"trainer.{key}", getattr(self, key), 1)
-        for key in ("warmup_steps", "eval_every", "checkpoint_every", "keep_checkpoints", "ratios_every"):
+        whole = ("warmup_steps", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_optimizer", "ratios_every")
+        for key in whole:
             _at_least(f"trainer.{key}", getattr(self, key), 0)
         _at_least("trainer.group_size", self.group_size, 2, "an advantage is relative to the group")
         _at_least("trainer.threads", self.threads, 1)

@@ -1,6 +1,7 @@
 """One rollout batch: rows, log-probabilities, and the invariance of the update."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from small_runs import model_config
 from kpo_cli.core import load_objective
 from kpo_cli.policy.batch import make_batch
 from kpo_cli.policy.load import load_policy
-from kpo_cli.policy.scorer import Scorer, make_packable
+from kpo_cli.policy.scorer import Scorer, make_packable, pack
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler
 from kpo_cli.training.step import Updater
@@ -196,3 +197,104 @@ def test_a_mini_batch_with_nothing_to_learn_from_changes_nothing(policy, batch):
     record = job.update(rows)
     assert record.sums.tokens == 0
     assert all(torch.equal(before[name], value) for name, value in job.scorer.model.state_dict().items())
+
+
+def tokens_of(part):
+    return pack(part, torch.device("cpu")).input_ids.shape[1]
+
+
+def short_of_memory(monkeypatch, tokens, calls=0, learning=False):
+    """From the given call on no pass of more tokens fits; `learning`: of those with a gradient.
+
+    And in bfloat16 a log-prob depends on what else is in its pass: on a GPU by the kernel that is chosen, on a CPU not
+    for models as small as this one, so that a number made of the pass's size stands for it.
+    """
+    real, seen = Scorer.__call__, []
+
+    def score(self, part, *arguments, **keywords):
+        seen.append(1)
+        size = tokens_of(part)
+        if len(seen) > calls and size > tokens and (torch.is_grad_enabled() or not learning):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        log_probs, entropy = real(self, part, *arguments, **keywords)
+        return log_probs + (1e-3 * size % 7 if self.half else 0.0), entropy
+
+    monkeypatch.setattr(Scorer, "__call__", score)
+    return seen
+
+
+def halving(policy, **changes):
+    """An updater in bfloat16 whose steps change nothing, so that any z but 0 is rounding."""
+    job = updater(policy, **({"mini_batches": 4, "max_tokens": 400} | changes))
+    job.scorer = dataclasses.replace(job.scorer, half=True)
+    job.optimizer.param_groups[0]["lr"] = 0.0
+    return job
+
+
+# One rehearsal, old log-probs of three mini-batches, then the first one: five calls before the first optimizer step.
+@pytest.mark.parametrize("calls", range(5))
+def test_micro_batches_made_smaller_before_the_first_step_leave_no_trace(policy, batch, calls, monkeypatch):
+    seen = short_of_memory(monkeypatch, 40, calls)
+    job = halving(policy)
+    record = job.update(batch)
+    assert job.max_tokens < 400
+    assert len(seen) > 8
+    assert (record.log_ratio == 0).all()
+    assert not record.uneven.any()
+    expected = halving(policy, max_tokens=job.max_tokens).update(batch)  # as if it had been known
+    assert torch.equal(record.old_log_probs, expected.old_log_probs)
+    assert record.grad_norms == expected.grad_norms
+
+
+def test_what_fits_is_found_out_on_the_largest_micro_batch_before_the_first_step(policy, batch, monkeypatch):
+    sizes = [tokens_of(batch.rows(torch.arange(4 * i, 4 * i + 4))) for i in range(4)]
+    assert max(sizes[1:]) > sizes[0]  # the first mini-batch would fit where another one does not
+    short_of_memory(monkeypatch, sizes[0], learning=True)
+    job = halving(policy)
+    record = job.update(batch)
+    assert job.max_tokens < 400
+    assert (record.log_ratio == 0).all()
+    assert not record.uneven.any()
+
+
+def test_it_is_rehearsed_once(policy, batch, monkeypatch):
+    seen = short_of_memory(monkeypatch, 10_000)
+    job = halving(policy)
+    calls = [job.update(batch) and len(seen) for _ in range(2)]
+    assert calls == [8, 8 + 7]  # three old log-probs and four mini-batches, and once the rehearsal
+    seen.clear()
+    updater(policy, mini_batches=4).update(batch)
+    assert len(seen) == 7  # in float32 the micro-batches do not matter
+
+
+def test_micro_batches_made_smaller_after_a_step_are_marked(policy, batch, monkeypatch):
+    """Then the weights of the old log-probs are gone."""
+    short_of_memory(monkeypatch, 40, calls=6)  # from the third mini-batch on
+    record = halving(policy).update(batch)
+    assert record.uneven.tolist() == [False] * 8 + [True] * 8
+    assert (record.log_ratio[:8] == 0).all()
+    assert (record.log_ratio[8:] != 0).any()
+    monkeypatch.undo()
+    short_of_memory(monkeypatch, 40, calls=5)
+    plain = updater(policy, mini_batches=4, max_tokens=400)
+    record = plain.update(batch)
+    assert plain.max_tokens < 400
+    assert not record.uneven.any()  # float32
+
+
+def test_memory_that_the_moments_will_take_is_held_from_the_start(policy, batch, monkeypatch):
+    """AdamW takes 8 bytes a weight in its first step, so that what fits before it may not fit behind it."""
+    job = halving(policy)
+    job.optimizer = torch.optim.AdamW(job.scorer.model.parameters(), lr=0.0)
+    made, empty_like = [], torch.empty_like
+
+    def counted(tensor, *arguments, **keywords):
+        made.append(tensor.numel() * 4 if isinstance(tensor, torch.nn.Parameter) else 0)
+        return empty_like(tensor, *arguments, **keywords)
+
+    monkeypatch.setattr(torch, "empty_like", counted)
+    job.update(batch)
+    assert sum(made) == 8 * policy.parameters
+    made.clear()
+    job.update(batch)
+    assert not sum(made)

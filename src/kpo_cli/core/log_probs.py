@@ -53,7 +53,7 @@ def linear_log_probs(
     Raises ValueError if shapes or dtypes do not fit.
     """
     _check(hidden, weight, token_ids, bias)
-    chunk = _chunk_of(len(weight), hidden.device) if chunk is None else chunk
+    chunk = chunk_of(len(weight), hidden.device.type != "cpu") if chunk is None else chunk
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     keep = differentiable and len(hidden) * len(weight) <= KEPT_LOGITS
     settings = (temperature, entropy_gradient, max(1, min(chunk, len(hidden))), keep, _matmul_dtype(hidden, weight))
@@ -82,9 +82,9 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _chunk_of(vocabulary: int, device: torch.device) -> int:
+def chunk_of(vocabulary: int, on_gpu: bool) -> int:
     """Tokens at a time: on a CPU what its cache holds, but no fewer than matmuls need; on a GPU 1 GiB of logits."""
-    return max(512, (2**18 if device.type == "cpu" else 2**28) // vocabulary)
+    return max(512, (2**28 if on_gpu else 2**18) // vocabulary)
 
 
 class _LinearLogProbs(torch.autograd.Function):

@@ -74,17 +74,23 @@ def adapted(model: Any) -> list[Any]:
 
 def adaptable(model: Any, config: LoraConfig) -> list[Any]:
     """The linear layers of a model without adapters that would get them. Needs no peft: it is for planning."""
-    from transformers.pytorch_utils import Conv1D
 
     def wanted(name: str) -> bool:
         return config.targets == "all-linear" or any(f".{name}".endswith(f".{target}") for target in config.targets)
 
+    return [layer for name, layer in linear_layers(model).items() if wanted(name)]
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    """The linear layers but the head, by their names."""
+    from transformers.pytorch_utils import Conv1D
+
     head = model.get_output_embeddings()
-    return [
-        module
+    return {
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and wanted(name)
-    ]
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    }
 
 
 def merge_in_forward(model: Any) -> None:

@@ -9,47 +9,62 @@ import torch
 
 from kpo_cli.config import LoraConfig, TrainConfig
 from kpo_cli.errors import UserError
+from kpo_cli.policy.activations import Decoder, NoEstimate, Pass, activation_bytes, cache_bytes
 from kpo_cli.policy.load import SMALL_MODEL
 from kpo_cli.policy.lora import adaptable
+from kpo_cli.runs.directory import first_line
 
 GIB = 2**30
-LOGITS = 2**28
-"""In a chunk of the log-probability stage, at most."""
-LESS_MEMORY = (
-    "lower trainer.max_tokens_per_micro_batch, rollout.batch_size or rollout.max_response_tokens, "
-    "or set model.gradient_checkpointing=true"
-)
+LESS_MEMORY = "lower trainer.max_tokens_per_micro_batch or rollout.batch_size, or set model.gradient_checkpointing=true"
+"""A run that is resumed may do so."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes. The first four are exact, `activations` is an estimate of the largest micro-batch or sampling batch."""
+    """Bytes on the device. Weights, gradients and optimizer are exact, activations and cache are estimates."""
 
     parameters: int
     """A count, not bytes."""
     weights: int
     gradients: int
+    """They and the activations are there while the policy learns, and are not while it samples."""
     optimizer: int
     activations: int
+    """Of the largest micro-batch."""
     available: int
     device: str
     loading: int = 0
     """While the weights are loaded; it counts only where it is more than what training needs."""
     ways_out: tuple[tuple[str, int], ...] = ()
     """Settings that need less, and how much they need before activations."""
+    cache: int = 0
+    """Keys, values and logits of the largest sampling batch of rollout=hf."""
+    offloaded: int = 0
+    """What of the optimizer is off the device while the policy samples."""
+    unknown: str | None = None
+    """Why there are no estimates."""
 
     @property
     def fixed(self) -> int:
         return max(self.weights + self.gradients + self.optimizer, self.loading)
 
+    @property
+    def sampling(self) -> int:
+        return self.weights + self.optimizer - self.offloaded + self.cache
+
+    @property
+    def most(self) -> int:
+        return max(self.fixed + self.activations, self.sampling)
+
     def describe(self) -> str:
-        parts = ", ".join(
-            f"{name} {getattr(self, name) / GIB:.2f}" for name in ("weights", "gradients", "optimizer", "activations")
-        )
-        total = (self.fixed + self.activations) / GIB
+        names = ("weights", "gradients", "optimizer", *(() if self.unknown else ("activations", "cache")))
+        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in names)
+        free = f"{self.available / GIB:.1f} GiB free on {self.device}"
+        if self.unknown:
+            return f"memory: no estimate ({self.unknown}), but {self.fixed / GIB:.1f} GiB before any ({parts}), {free}"
         return (
-            f"memory: about {total:.1f} GiB ({parts}; activations are an estimate), "
-            f"{self.available / GIB:.1f} GiB free on {self.device}"
+            f"memory: about {self.most / GIB:.1f} GiB ({parts}; the last two are estimates, and the cache is not there "
+            f"while gradients and activations are), {free}"
         )
 
 
@@ -71,36 +86,83 @@ def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, ha
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     count = sum(p.numel() for p in model.parameters())
-    lora, offload = config.model.lora, config.trainer.offload_optimizer
-    parts = _with_adapters(model, lora, half) if lora.rank else _with_all_weights(config, count, half)
+    lora, offload, gpu = config.model.lora, config.trainer.offload_optimizer, device.type != "cpu"
+    weights, gradients, optimizer = state_bytes(model, lora, half, config.trainer.kl_coefficient != 0)
     ways_out = {}
     if not lora.rank:
-        ways_out["model.lora.rank=16"] = max(sum(_with_adapters(model, replace(lora, rank=16), half)), 4 * count)
-    if device.type != "cpu" and offload != "always":
-        ways_out["trainer.offload_optimizer=always"] = max(sum(parts[:2]), 4 * count)
-    weights, gradients, optimizer = parts
-    if device.type != "cpu" and offload == "always":
-        optimizer = 0
-    activations = _activations(config, model_config.get_text_config(), 2 if half else 4, count, device)
-    free = _free(device)
+        ways_out["model.lora.rank=16"] = max(sum(state_bytes(model, replace(lora, rank=16), half)), 4 * count)
+    if gpu and offload != "always":
+        ways_out["trainer.offload_optimizer=always"] = max(weights + gradients, 4 * count)
+    optimizer = 0 if gpu and offload == "always" else optimizer
+    activations, cache, unknown = _estimates(config, model_config, model, half, gpu)
     return MemoryPlan(
-        count, weights, gradients, optimizer, activations, free, str(device), 4 * count, tuple(ways_out.items())
+        parameters=count,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        available=_free(device),
+        device=str(device),
+        loading=4 * count,
+        ways_out=tuple(ways_out.items()),
+        cache=cache,
+        offloaded=0 if not gpu or offload == "none" else optimizer,
+        unknown=unknown,
     )
 
 
-def _with_all_weights(config: TrainConfig, count: int, half: bool) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer when every weight trains."""
-    copies = 2 if config.trainer.kl_coefficient else 1
-    return 4 * count * copies + (2 * count if half else 0), 4 * count, 8 * count  # autocast keeps a bfloat16 copy
+def state_bytes(model: Any, lora: LoraConfig, half: bool, reference: bool = False) -> tuple[int, int, int]:
+    """Bytes of the weights of `model` (without adapters), their gradients and the optimizer's state.
 
-
-def _with_adapters(model: Any, lora: LoraConfig, half: bool) -> tuple[int, int, int]:
-    """The same when adapters train. Frozen layers are in the forward pass's type, and serve a reference KL as well."""
+    Autocast keeps a bfloat16 copy of what trains. A reference for a KL is a second model; with adapters it is the one
+    below them, whose adapted layers are frozen and in the forward pass's type.
+    """
+    count = sum(p.numel() for p in model.parameters())
+    if not lora.rank:
+        return 4 * count * (2 if reference else 1) + (2 * count if half else 0), 4 * count, 8 * count
     layers = adaptable(model, lora)
     frozen = sum(p.numel() for layer in layers for p in layer.parameters())
     trained = sum(lora.rank * sum(layer.weight.shape) for layer in layers)
-    others = sum(p.numel() for p in model.parameters()) - frozen
-    return (2 if half else 4) * frozen + 4 * others + (6 if half else 4) * trained, 4 * trained, 8 * trained
+    weights = (2 if half else 4) * frozen + 4 * (count - frozen) + (6 if half else 4) * trained
+    return weights, 4 * trained, 8 * trained
+
+
+def _estimates(
+    config: TrainConfig, model_config: Any, model: Any, half: bool, gpu: bool
+) -> tuple[int, int, str | None]:
+    """Activations, the sampler's cache, and why there are neither: an estimate that fails must not stop a run."""
+    lora, rollout, trainer = config.model.lora, config.rollout, config.trainer
+    try:
+        decoder = Decoder.of(model_config.get_text_config(), model)
+        adapters = lora.rank * len(adaptable(model, lora)) / decoder.layers
+        tokens, gathered, predicted = largest_micro_batch(config, sum(p.numel() for p in model.parameters()), gpu)
+        recompute = config.model.gradient_checkpointing
+        activations = activation_bytes(decoder, Pass(tokens, gathered, predicted, half, recompute, adapters, gpu))
+        if rollout.name == "vllm":
+            return activations, 0, None
+        rows = min(rollout.batch_size, max(trainer.prompts_per_step * trainer.group_size, config.data.heldout))
+        return (
+            activations,
+            cache_bytes(decoder, rows, rollout.max_prompt_tokens + rollout.max_response_tokens, half),
+            None,
+        )
+    except NoEstimate as reason:
+        return 0, 0, str(reason)
+    except Exception as error:  # a stranger's configuration may hold anything
+        return 0, 0, f"{type(error).__name__}: {first_line(error)}"
+
+
+def largest_micro_batch(config: TrainConfig, parameters: int, gpu: bool) -> tuple[int, int, int]:
+    """Tokens packed, tokens of its rows with a prompt each, and response tokens, where all are of full length."""
+    trainer, rollout = config.trainer, config.rollout
+    prompt, response, group = rollout.max_prompt_tokens, rollout.max_response_tokens, trainer.group_size
+    mini_batch = -(-trainer.prompts_per_step // trainer.mini_batches) * (prompt + group * response)
+    if trainer.supervised.steps:
+        mini_batch = max(mini_batch, trainer.supervised.batch_tokens)
+    limit = trainer.max_tokens_per_micro_batch or max_tokens(parameters, torch.device("cuda" if gpu else "cpu"))
+    tokens = max(prompt + response, min(limit, mini_batch))
+    rows = tokens / (prompt / group + response) if tokens > prompt + response else 1
+    return tokens, int(rows * (prompt + response)), int(rows * response)
 
 
 def check_memory(plan: MemoryPlan) -> str | None:
@@ -112,30 +174,15 @@ def check_memory(plan: MemoryPlan) -> str | None:
             f"optimizer before any activations, but {plan.device} has {plan.available / GIB:.1f} GiB free; "
             f"{' or '.join([*ways_out, 'take a smaller model or a larger device'])}"
         )
-    if plan.fixed + plan.activations > plan.available:
-        return f"this may run out of memory; {LESS_MEMORY}"
+    if plan.most > plan.available:
+        return f"this may run out of memory; {LESS_MEMORY}, or lower rollout.max_response_tokens"
     return None
 
 
-def _activations(config: TrainConfig, model: Any, width: int, parameters: int, device: torch.device) -> int:
-    """The larger of a training micro-batch and a sampling batch's cache. `width`: bytes of an activation.
-
-    A decoder layer keeps about 18 hidden and 3 intermediate vectors for its backward pass, or one hidden vector with
-    gradient checkpointing; of the logits there is one chunk at a time, with as much again twice while it is worked on.
-    """
-    hidden, layers = model.hidden_size, model.num_hidden_layers
-    intermediate = getattr(model, "intermediate_size", None) or 4 * hidden
-    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    head_dim = getattr(model, "head_dim", None) or hidden // model.num_attention_heads
-    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    rows = config.trainer.prompts_per_step * config.trainer.group_size / config.trainer.mini_batches
-    chosen = config.trainer.max_tokens_per_micro_batch or max_tokens(parameters, device)
-    tokens = max(length, min(chosen, rows * length))
-    layer = hidden if config.model.gradient_checkpointing else 18 * hidden + 3 * intermediate
-    logits = 3 * 4 * min(tokens * model.vocab_size, LOGITS)
-    training = tokens * layers * layer * width + logits
-    sampling = config.rollout.batch_size * length * layers * 2 * heads * head_dim * width
-    return int(max(training, sampling))
+def lacks_memory(error: BaseException) -> bool:
+    """What is raised where memory runs out; cuBLAS and the allocator of a CPU have no exception of their own for it."""
+    told = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in told)
 
 
 def _free(device: torch.device) -> int:

@@ -10,16 +10,23 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kpo_cli.errors import UserError
-from kpo_cli.runs.directory import sha256_of, write_text
+from kpo_cli.errors import RunStopped, UserError
+from kpo_cli.runs.directory import first_line, sha256_of, write_text
+
+FORMAT = "kpo-checkpoint-1"
+"""In state.json. A reader of another one must not guess."""
+STATE, OPTIMIZER = "trainer/state.json", "trainer/optimizer.safetensors"
 
 
 class Saveable(Protocol):
@@ -49,6 +56,10 @@ class Progress:
         return f"{phase}-{step:06d}"
 
 
+class NotSaved(RunStopped):
+    """A checkpoint could not be written. Those that were there are untouched."""
+
+
 def save_checkpoint(
     run: Path,
     policy: Saveable,
@@ -56,38 +67,89 @@ def save_checkpoint(
     progress: Progress,
     schedule: dict[str, float],
     keep: int,
+    keep_optimizer: int = 0,
 ) -> Path:
-    """Write checkpoints/step-NNNNNN, or supervised-NNNNNN; then remove all but the newest `keep` (0: none)."""
+    """Write checkpoints/step-NNNNNN, or supervised-NNNNNN; then remove all but the newest `keep` (0: none).
+
+    Of those, all but the newest `keep_optimizer` (0: none) lose the optimizer's state, without which a run cannot go
+    on from them. Raises NotSaved.
+    """
     folder = run / "checkpoints"
     final = folder / progress.label
     draft = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
-    (draft / "trainer").mkdir(parents=True)
+    _remove_leftovers(folder)
+    try:
+        (draft / "trainer").mkdir(parents=True)
+        _write(draft, policy, optimizer, progress, schedule)
+        shutil.rmtree(final, ignore_errors=True)
+        draft.rename(final)
+    except (OSError, SafetensorError) as error:
+        raise NotSaved(f"{final} could not be written ({_reason(error)}); make room or mend the place") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    found = checkpoints(run)
+    for old in found[:-keep] if keep else []:
+        shutil.rmtree(old)
+    for old in found[-keep:][:-keep_optimizer] if keep_optimizer else []:
+        _forget_optimizer(old)
+    return final
+
+
+def _write(
+    draft: Path, policy: Saveable, optimizer: torch.optim.Optimizer, progress: Progress, schedule: dict[str, float]
+) -> None:
     policy.save(draft)
     tensors, state = _optimizer_state(optimizer)
-    save_file(tensors, draft / "trainer" / "optimizer.safetensors")
+    save_file(tensors, draft / OPTIMIZER)
     save_file(_random_states(), draft / "trainer" / "random.safetensors")
-    state |= {**asdict(progress), "schedule": schedule}
+    state |= {"format": FORMAT, **asdict(progress), "schedule": schedule}
     name, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002 - a model may draw from it
     state |= {
         "python_random": _as_lists(random.getstate()),
         "numpy_random": [name, np.asarray(keys).tolist(), *position],
     }
-    write_text(draft / "trainer" / "state.json", json.dumps(state) + "\n")
+    write_text(draft / STATE, json.dumps(state) + "\n")
     sums = {str(f.relative_to(draft)): sha256_of(f) for f in sorted(draft.rglob("*")) if f.is_file()}
     write_text(draft / "checksums.json", json.dumps(sums, indent=2) + "\n")
     _sync(draft)
-    shutil.rmtree(final, ignore_errors=True)
-    draft.rename(final)
-    for old in checkpoints(run)[:-keep] if keep else []:
-        shutil.rmtree(old)
-    return final
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Drafts of our own that failed, and of processes that are gone."""
+    for draft in folder.glob(".*-*.*"):
+        pid = draft.name.rpartition(".")[2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's, or no process id at all: not ours to judge
+        return True
+    return True
+
+
+def _forget_optimizer(path: Path) -> None:
+    """Take the optimizer's state out of a checkpoint, which is whole all the while."""
+    with suppress(ValueError, FileNotFoundError):  # a damaged one is passed over anyway
+        sums = _checksums(path)
+        if sums.pop(OPTIMIZER, None) is not None:
+            write_text(path / "checksums.json", json.dumps(sums, indent=2) + "\n")
+        (path / OPTIMIZER).unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system said; safetensors has it in a sentence of its own."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def restore(path: Path, optimizer: torch.optim.Optimizer) -> Progress:
     """Load the trainer/ folder of a checkpoint into the optimizer and the random generators."""
-    state = json.loads((path / "trainer" / "state.json").read_text())
-    tensors = load_file(path / "trainer" / "optimizer.safetensors")
+    state = json.loads((path / STATE).read_text())
+    tensors = load_file(path / OPTIMIZER)
     per_parameter: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
@@ -141,24 +203,56 @@ def checkpoints(run: Path) -> list[Path]:
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose checksums hold (None if there never was one), and a line for each that fails."""
+    return _newest(run, is_damaged)
+
+
+def resumable_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that a run can go on from (None: from its start), and a line for each that it cannot.
+
+    Raises UserError if a newer version of kpo wrote it.
+    """
+    found, problems = _newest(run, lambda path: is_damaged(path) or _unresumable(path))
+    if found is not None:
+        written = json.loads((found / STATE).read_text()).get("format", FORMAT)  # the first ones had none
+        if written != FORMAT:
+            raise UserError(
+                f"{found} is of another version of kpo ({written}; this one reads {FORMAT}); resume with that version"
+            )
+    return found, problems
+
+
+def is_damaged(path: Path) -> str | None:
+    """Why a checkpoint, which may not be there at all, cannot be used; None if it can."""
+    try:
+        for name, expected in _checksums(path).items():
+            if sha256_of(path / name) != expected:
+                return f"is damaged ({name} has changed)"
+    except (OSError, ValueError) as error:
+        return f"is damaged ({error})"
+    return None
+
+
+def _newest(run: Path, fault: Callable[[Path], str | None]) -> tuple[Path | None, list[str]]:
     found = checkpoints(run)
     problems: list[str] = []
     for path in reversed(found):
-        problem = _damage(path)
+        problem = fault(path)
         if problem is None:
             return path, problems
-        problems.append(f"{path} is damaged ({problem})")
-    if found:
-        raise UserError(f"no checkpoint of {run} is whole: {'; '.join(problems)}; start the run again")
-    return None, problems
+        problems.append(f"{path} {problem}")
+    if not found:
+        return None, problems
+    whole = [path for path in found if is_damaged(path) is None]
+    way_out = f"start a new run from its weights, model.path={whole[-1]}" if whole else "start the run again"
+    raise UserError(f"no checkpoint of {run} will do: {'; '.join(problems)}; {way_out}")
 
 
-def _damage(path: Path) -> str | None:
-    try:
-        sums = json.loads((path / "checksums.json").read_text())
-        for name, expected in sums.items():
-            if sha256_of(path / name) != expected:
-                return f"{name} has changed"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
+def _unresumable(path: Path) -> str | None:
+    if OPTIMIZER in _checksums(path):
+        return None
+    return "has given up its optimizer's state (trainer.keep_optimizer)"
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    sums: dict[str, str] = json.loads((path / "checksums.json").read_text())
+    return sums

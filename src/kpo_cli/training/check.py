@@ -1,19 +1,23 @@
 """What can be wrong with a run, found before its directory is made."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from kpo_cli.config import TrainConfig, train_config
 from kpo_cli.errors import UserError
-from kpo_cli.policy.load import Policy, choose_device, context_of, loading_errors, transformers_config
-from kpo_cli.policy.memory import check_memory, plan_memory
+from kpo_cli.policy.load import Policy, choose_device, context_of, loading_errors, model_source, transformers_config
+from kpo_cli.policy.memory import GIB, MemoryPlan, check_memory, plan_memory
+from kpo_cli.runs.directory import first_line
 
 MAY_CHANGE = (
     "trainer.steps",
     "trainer.eval_every",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",
+    "trainer.keep_optimizer",
     "trainer.ratios_every",
     "trainer.stop_after",
     "trainer.offload_optimizer",
@@ -30,14 +34,74 @@ hold a run captive.
 """
 
 
-def check_fit(config: TrainConfig) -> list[str]:
-    """Compare what the run needs with what there is, before the weights are loaded."""
+def check_fit(config: TrainConfig, run_dir: Path | None) -> list[str]:
+    """Compare what the run needs with what there is, before the weights are loaded: memory, and disk in `run_dir`.
+
+    Raises UserError for what cannot fit. What cannot be estimated stops nothing, and says so.
+    """
     device, half = choose_device(config.model)
     with loading_errors(config.model):
-        plan = plan_memory(config, transformers_config(config.model), device, half)
+        model_config = transformers_config(config.model)
+    if getattr(model_config.get_text_config(), "num_attention_heads", None) is None:  # Mamba and its kin
+        raise UserError(
+            f"model.path={config.model.path} cannot be sampled from: it has no attention, and so no cache of keys and "
+            f"values; take another architecture"
+        )
+    try:
+        plan = plan_memory(config, model_config, device, half)
+    except Exception as error:  # loading the model will say it better, if it is more than the plan that fails
+        return [f"memory: no estimate ({type(error).__name__}: {first_line(error)})"]
     warning = check_memory(plan)
-    beside = "; what vLLM takes comes on top" if config.rollout.name == "vllm" else ""
-    return [plan.describe() + beside, *([f"warning: {warning}"] if warning else [])]
+    beside = ""
+    if config.rollout.name == "vllm":
+        left = max(0, plan.available - plan.sampling) / GIB
+        share = f"about {left:.1f} GiB, and gives it back" if device.type == "cuda" else "for its own weights and cache"
+        beside = f"; while sampling vLLM takes what that leaves, {share}"
+    memory = [plan.describe() + beside, *([f"warning: {warning}"] if warning else [])]
+    return [*memory, *check_disk(config, plan, run_dir or Path("outputs"))]
+
+
+def check_disk(config: TrainConfig, plan: MemoryPlan, run_dir: Path) -> list[str]:
+    """Compare what checkpoints take with what is free where the run is, or will be.
+
+    One holds float32 weights (or adapters), the tokenizer and two moments a trained weight. At most there are those
+    that are kept, of which the newest have the moments, and the one that is being written.
+    """
+    trainer, lora = config.trainer, config.model.lora
+    trained = plan.gradients // 4
+    whole = 4 * plan.parameters
+    model = (4 * trained + (whole if lora.merge_checkpoints else 0) if lora.rank else whole) + _tokenizer_bytes(config)
+    first = model + 8 * trained
+    count = _checkpoints(config)
+    kept = min(trainer.keep_checkpoints or count, count)
+    moments = min(trainer.keep_optimizer or kept, kept)
+    peak = kept * model + moments * 8 * trained + (first if count > kept else 0)
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    present = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
+    free = shutil.disk_usage(place).free
+    sizes = f"a checkpoint takes {first / GIB:.2f} GiB"
+    there = f"{free / GIB:.1f} GiB are free in {place}"
+    if first > free:
+        raise UserError(f"disk: {sizes}, but {there}; make room or take another run_dir=")
+    line = f"disk: {sizes}, all of them {peak / GIB:.2f} GiB at most; {there}"
+    if peak - present <= free:
+        return [line]
+    fewer = "trainer.keep_checkpoints, trainer.keep_optimizer or (where all are kept) a larger trainer.checkpoint_every"
+    return [line, f"warning: the disk may run full; set a lower {fewer}, or take another run_dir="]
+
+
+def _checkpoints(config: TrainConfig) -> int:
+    """How many a whole run writes."""
+    phases = (config.trainer, config.trainer.supervised)
+    return sum(-(-p.steps // p.checkpoint_every) if p.checkpoint_every else min(1, p.steps) for p in phases)
+
+
+def _tokenizer_bytes(config: TrainConfig) -> int:
+    """All that is text beside the weights of a local model; of one on the hub, what large vocabularies take."""
+    source = Path(model_source(config.model))
+    if not source.is_dir():
+        return 2**24
+    return sum(f.stat().st_size for f in source.iterdir() if f.suffix in (".json", ".txt", ".model", ".jinja"))
 
 
 def check_context(config: TrainConfig, policy: Policy) -> None:
@@ -52,6 +116,9 @@ def check_context(config: TrainConfig, policy: Policy) -> None:
 
 def changed_config(stored: dict[str, Any], raw: dict[str, Any], overrides: list[str]) -> TrainConfig:
     """The stored configuration with the changes that a resumed run may make."""
+    for key in MAY_CHANGE:  # one that the version that wrote it did not have yet
+        group, name = key.split(".")
+        stored[group].setdefault(name, raw[group][name])
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         if key == "resume":

@@ -20,20 +20,19 @@ from kpo_cli.config import TrainConfig
 from kpo_cli.core import group_normalised
 from kpo_cli.core.filters import AdaptiveFilter
 from kpo_cli.data.prompts import Prompt
-from kpo_cli.errors import RunStopped, SamplingFailed
 from kpo_cli.evaluation import evaluate_heldout
 from kpo_cli.policy.batch import Batch, make_batch
 from kpo_cli.policy.load import Policy, model_source
-from kpo_cli.policy.memory import LESS_MEMORY
 from kpo_cli.policy.response import Response
 from kpo_cli.rewards import Verdict, grade_batch
 from kpo_cli.rollout import Sampler
 from kpo_cli.rollout.check import SamplerCheck
-from kpo_cli.runs.checkpoints import Progress, save_checkpoint
+from kpo_cli.runs.checkpoints import Progress
 from kpo_cli.runs.directory import RunDir
 from kpo_cli.training.display import Display
 from kpo_cli.training.optimizer import off_device
 from kpo_cli.training.records import record_ratios
+from kpo_cli.training.saving import Saver
 from kpo_cli.training.step import Updater, UpdateRecord
 from kpo_cli.training.stopping import Stop
 from kpo_cli.training.supervised import Demonstrations, supervise
@@ -66,57 +65,58 @@ def train(job: Training, run: RunDir, progress: Progress, display: Display) -> N
     """Train from `progress` to the configured number of steps, writing to the run directory as it goes."""
     config = job.config.trainer
     stop = Stop(config.stop_after)
+    saver = Saver(run, job.policy, job.updater.optimizer, config)
     job.sampler.release()
     with stop:
-        supervise(job.demonstrations, job.updater, run, progress, display, stop, lambda: _save(job, run, progress))
-    if progress.step == 0:
-        clock = Clock()
-        run.append_metrics({"step": 0, **_evaluate(job, run, 0, clock), **clock.times()})
-        display.evaluated(0, run.metrics()[-1])
-    elif progress.step == config.steps and "accuracy_greedy" not in (row := run.metrics()[-1]):
-        clock = Clock()  # the last evaluation failed, and the run was resumed
-        run.replace_last_metrics(row | _evaluate(job, run, progress.step, clock) | clock.times())
-        display.evaluated(progress.step, run.metrics()[-1])
+        supervise(job.demonstrations, job.updater, run, progress, display, stop, saver)
+    with saver.keeping(progress, f"evaluation after step {progress.step}"):
+        _begin(job, run, progress.step, display)
     with stop:
         while progress.step < config.steps:
-            before = replace(progress)
-            try:
-                metrics, batch, record = _step(job, progress, display)
-            except SamplingFailed as error:
-                if before.step and not (run.path / "checkpoints" / before.label).exists():
-                    _save(job, run, before)
-                raise _stopped(f"step {before.step + 1}: {error}", run) from error
-            step = progress.step
+            step, after = progress.step + 1, replace(progress)
+            with saver.keeping(progress, f"step {step}"):
+                metrics, batch, record = _step(job, after, display)
+            progress = after
             last, stopping = step == config.steps, bool(stop)  # looked at once: time goes on
-            if _due(step, config.ratios_every):
-                record_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
-            clock = Clock()
-            if last or _due(step, config.eval_every):
-                display.phase("evaluating")
-                try:
-                    metrics |= _evaluate(job, run, step, clock)
-                except SamplingFailed as error:
-                    run.append_metrics(metrics)
-                    _save(job, run, progress)
-                    raise _stopped(f"evaluation after step {step}: {error}", run) from error
-                metrics |= clock.times()
-            run.append_metrics(metrics)
+            with saver.keeping(progress, f"evaluation after step {step}"):
+                _report(job, run, metrics, batch, record, display)
             display.stepped(metrics)
             if last or stopping or _due(step, config.checkpoint_every):
-                _save(job, run, progress)
+                saver.save(progress)
             if stopping and not last:
                 stop.leave(f"step {step}", run.path)
 
 
-def _save(job: Training, run: RunDir, progress: Progress) -> None:
-    config = job.config.trainer
-    # For readers of the checkpoint alone; a resumed run has the same two numbers in its config.yaml.
-    schedule = {"lr": config.lr, "warmup_steps": config.warmup_steps}
-    save_checkpoint(run.path, job.policy, job.updater.optimizer, progress, schedule, config.keep_checkpoints)
+def _begin(job: Training, run: RunDir, step: int, display: Display) -> None:
+    """Evaluate before the first step, or after the one that the run is resumed from, if that failed then."""
+    clock = Clock()
+    if step == 0:
+        run.append_metrics({"step": 0, **_evaluate(job, run, 0, clock), **clock.times()})
+    elif _evaluates(job, step) and "accuracy_greedy" not in (row := run.metrics()[-1]):
+        run.replace_last_metrics(row | _evaluate(job, run, step, clock) | clock.times())
+    else:
+        return
+    display.evaluated(step, run.metrics()[-1])
 
 
-def _stopped(line: str, run: RunDir) -> RunStopped:
-    return RunStopped(f"{line}; what there is is saved, go on with: kpo train resume={run.path}")
+def _report(
+    job: Training, run: RunDir, metrics: dict[str, Any], batch: Batch, record: UpdateRecord, display: Display
+) -> None:
+    """What a step leaves in the run directory beside a checkpoint; adds its evaluation, if due, to `metrics`."""
+    step, clock = metrics["step"], Clock()
+    try:
+        if _due(step, job.config.trainer.ratios_every) and not record.uneven.any():
+            record_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
+        if _evaluates(job, step):
+            display.phase("evaluating")
+            metrics |= _evaluate(job, run, step, clock)
+            metrics |= clock.times()
+    finally:  # of an evaluation that failed the step is none the worse
+        run.append_metrics(metrics)
+
+
+def _evaluates(job: Training, step: int) -> bool:
+    return step == job.config.trainer.steps or _due(step, job.config.trainer.eval_every)
 
 
 def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str, Any], Batch, UpdateRecord]:
@@ -134,16 +134,16 @@ def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str
         lr = learning_rate(step, config.lr, config.warmup_steps)
         for parameters in job.updater.optimizer.param_groups:
             parameters["lr"] = lr
-        try:
-            before, record = job.updater.max_tokens, job.updater.update(batch, _due(step, config.ratios_every))
-        except RunStopped as error:
-            raise RunStopped(f"step {step}: {error}") from None
-        except torch.OutOfMemoryError:
-            raise RunStopped(f"step {step}: out of memory; {LESS_MEMORY}") from None
+        before, record = job.updater.max_tokens, job.updater.update(batch, _due(step, config.ratios_every))
         filter_metrics = _refit(job, progress, batch, record, display)
     if job.updater.max_tokens < before:
         progress.max_tokens = job.updater.max_tokens
         display.say(f"out of memory: micro-batches have at most {progress.max_tokens} tokens from here on")
+    if rows := int(record.uneven.sum()):
+        display.say(
+            f"warning: step {step}: it was so after an optimizer step already, and the log-ratios of {rows} of "
+            f"{len(batch)} responses hold the rounding of bfloat16; metrics count them, but no record and no fit does"
+        )
     progress.step = step
     metrics = {"step": step, "epoch": progress.data_cursor / len(job.train), "lr": lr}
     metrics |= {**_metrics(batch, record), **sampling_metrics, **filter_metrics}
@@ -182,13 +182,10 @@ def _sample(job: Training, progress: Progress, clock: "Clock", display: Display)
         with clock("rollout"):
             ids = [prompt.token_ids for prompt in prompts]
             seed = (job.config.seed, ROLLOUT, step, rollouts)
-            try:
-                with _sampling(job):
-                    responses = job.sampler.sample(ids, config.group_size, seed)
-                if job.check is not None:
-                    gaps.append(job.check(ids, responses))
-            except torch.OutOfMemoryError:
-                raise RunStopped(f"step {step}: out of memory while sampling; {LESS_MEMORY}") from None
+            with _sampling(job):
+                responses = job.sampler.sample(ids, config.group_size, seed)
+            if job.check is not None:
+                gaps.append(job.check(ids, responses))
         display.phase("grading")
         with clock("reward"):
             verdicts = _grade(job, prompts, responses)
@@ -245,7 +242,7 @@ def _refit(job: Training, progress: Progress, batch: Batch, record: UpdateRecord
     ratio_filter = job.updater.objective.ratio_filter
     if not isinstance(ratio_filter, AdaptiveFilter):
         return {}
-    rows = record.mini_batch_index > 0
+    rows = (record.mini_batch_index > 0) & ~record.uneven
     if rows.any():
         new = ratio_filter.sums(record.log_ratio[rows], batch.response_mask[rows], record.old_log_probs[rows])
         old = progress.filter_sums

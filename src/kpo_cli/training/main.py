@@ -10,7 +10,7 @@ from kpo_cli.config import TrainConfig, as_dict, data_label, model_label, train_
 from kpo_cli.data.load import load_problems
 from kpo_cli.errors import UserError
 from kpo_cli.policy.load import load_policy, model_identity
-from kpo_cli.runs.checkpoints import Progress, newest_checkpoint, restore
+from kpo_cli.runs.checkpoints import Progress, restore, resumable_checkpoint
 from kpo_cli.runs.directory import RunDir, check_new, default_run_dir, path_of
 from kpo_cli.training.assemble import assemble, complete, make_objective, with_engine
 from kpo_cli.training.check import changed_config, check_fit, value_at
@@ -36,7 +36,7 @@ def _start(config: TrainConfig, run_dir: Path | None, overrides: list[str]) -> N
     config = with_engine(config)
     objective = make_objective(config)
     problems = load_problems(config.data)
-    notes = check_fit(config)
+    notes = check_fit(config, run_dir)
     policy = load_policy(config.model)
     config = complete(config, policy)
     display = Display(config.trainer.steps)
@@ -55,7 +55,7 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         before = value_at(stored, "rollout")
         config = with_engine(changed_config(stored, raw, overrides))
         objective = make_objective(config)
-        checkpoint, damaged = newest_checkpoint(path)
+        checkpoint, damaged = resumable_checkpoint(path)
         problems = load_problems(config.data)
         manifest = run.manifest()
         for what, same in (
@@ -64,6 +64,7 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         ):
             if not same:
                 raise UserError(f"{what} has changed since {path} began; put it back or start a new run")
+        fit = check_fit(config, path)
         policy = load_policy(config.model, checkpoint)
         display = Display(config.trainer.steps)
         job, notes = assemble(config, objective, problems, policy, display)
@@ -79,7 +80,7 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
             raise UserError(f"{path} is finished at step {last}; give a larger trainer.steps= to go on")
         run.write_config(as_dict(config))
         run.cut_after(progress.step or -1, progress.supervised_step)  # the evaluation at step 0 is made again
-        notes += [f"warning: {line}; using an older one" for line in damaged]
+        notes += fit + [f"warning: {line}; using an older one" for line in damaged]
         if config.rollout.name != before:
             notes.append(f"note: sampling with {config.rollout.name} from here on, with {before} before")
         _run(job, run, progress, display, [*notes, f"resuming after {progress.label}"], None)

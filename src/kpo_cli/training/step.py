@@ -1,7 +1,8 @@
 """One rollout batch's worth of learning: old log-probabilities, then one optimizer step for each mini-batch."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -15,8 +16,10 @@ from kpo_cli.core.filters import AdaptiveFilter
 from kpo_cli.core.objective import ObjectiveOutput
 from kpo_cli.errors import RunStopped
 from kpo_cli.policy.batch import Batch
+from kpo_cli.policy.memory import lacks_memory
 from kpo_cli.policy.scorer import Scorer
 from kpo_cli.policy.threads import Workers
+from kpo_cli.training.optimizer import HostAdamW
 
 Result = TypeVar("Result")
 
@@ -30,6 +33,8 @@ class UpdateRecord:
     filtered_log_ratio: Tensor
     entropy: Tensor
     mini_batch_index: Tensor  # (N,)
+    uneven: Tensor
+    """(N,) bool: old and new log-probabilities come from micro-batches of different sizes (see `Updater._begin`)."""
     sums: RatioSums = field(default_factory=RatioSums)
     means: dict[str, Mean] = field(default_factory=dict)
     """Of the objective's optional parts."""
@@ -39,7 +44,9 @@ class UpdateRecord:
     @classmethod
     def empty(cls, rows: int, length: int) -> "UpdateRecord":
         old, raw, filtered, entropy = (torch.zeros(rows, length) for _ in range(4))
-        return cls(old, raw, filtered, entropy, torch.zeros(rows, dtype=torch.long))
+        return cls(
+            old, raw, filtered, entropy, torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool)
+        )
 
     def add(self, micro: "Micro") -> None:
         self.sums += micro.out.sums
@@ -89,6 +96,8 @@ class Updater:
     reference: Scorer | None = None
     """The policy that a reference KL is taken to."""
     workers: Workers = field(default_factory=Workers)
+    _proven: int = 0
+    """Tokens of the largest micro-batch that was rehearsed, since memory last ran out."""
 
     def update(self, batch: Batch, for_record: bool = False) -> UpdateRecord:
         """One optimizer step for each mini-batch, in order.
@@ -100,13 +109,15 @@ class Updater:
         model = self.scorer.model
         # Gradient checkpointing works in train mode only; there is no dropout that the mode could switch on.
         model.train(model.is_gradient_checkpointing)
-        # The first mini-batch is on-policy: its old log-probs are its own, from the same forward pass (z = 0 exactly).
-        known = self.sampler_log_probs and not for_record
-        old = [None, *(batch.rollout_log_probs if known else self._old_log_probs(batch, rows) for rows in parts[1:])]
-        record = UpdateRecord.empty(*batch.response_ids.shape)
+        known = batch.rollout_log_probs if self.sampler_log_probs and not for_record else None
+        old, learned = self._begin(batch, parts, known)
+        record, size = UpdateRecord.empty(*batch.response_ids.shape), self.max_tokens
         for number, (rows, old_log_probs) in enumerate(zip(parts, old, strict=True)):
+            if number:
+                learned = self._learn_all(batch, rows, old_log_probs)
             record.mini_batch_index[rows] = number
-            self._optimizer_step(batch, rows, old_log_probs, record)
+            record.uneven[rows] = self.scorer.half and self.max_tokens < size
+            self._optimizer_step(batch, rows, learned, record)
         self.optimizer.zero_grad(set_to_none=True)  # sampling has better use for the memory
         model.eval()
         return record
@@ -138,14 +149,62 @@ class Updater:
             old[micro, : log_probs.shape[1]] = log_probs
         return old
 
-    def _optimizer_step(self, batch: Batch, rows: Tensor, old_log_probs: Tensor | None, record: UpdateRecord) -> None:
-        counts = Denominators.of(self._loss_mask(batch)[rows])
-        # A mini-batch of truncated responses alone (mask_truncated) has a loss of 0 over 1, and is not stepped on.
-        denominators = Denominators(max(1, counts.sequences), max(1, counts.tokens))
-        parameters = [p for p in self.scorer.model.parameters() if p.requires_grad]
-        learned = self._map(
-            lambda micro: self._learn(batch, micro, old_log_probs, denominators, parameters), batch, rows
-        )
+    def _begin(
+        self, batch: Batch, parts: list[Tensor], known: Tensor | None
+    ) -> tuple[list[Tensor | None], list["Micro"]]:
+        """Old log-probabilities of every mini-batch but the first, and what the first one learns.
+
+        The first one's old log-probabilities are its own, from the same forward pass (z = 0 exactly). In bfloat16 a
+        log-probability depends on what else is in its micro-batch, by far more than clip widths of 3e-4: old and new
+        ones must come from the same micro-batches, and where these had to be made smaller on the way, everything is
+        computed again. Once the weights have changed that is too late, hence the rehearsal.
+        """
+        with self._room_for_moments():
+            while True:
+                size = self.max_tokens
+                self._rehearse(batch, parts)
+                old = [known if known is not None else self._old_log_probs(batch, rows) for rows in parts[1:]]
+                learned = self._learn_all(batch, parts[0], None)
+                if self.max_tokens == size or known is not None:
+                    return [None, *old], learned
+
+    def _rehearse(self, batch: Batch, parts: list[Tensor]) -> None:
+        """Find out whether the largest micro-batch fits, unless one as large did: in bfloat16, where it matters."""
+        while self.scorer.half:
+            cut = [self.scorer.split(batch, rows, self.max_tokens) for rows in parts]
+            largest = max((micro for micros in cut for micro in micros), key=lambda micro: self._tokens(batch, micro))
+            tokens, crowded = self._tokens(batch, largest), max(map(len, cut)) > 1
+            if tokens <= self._proven:
+                return
+            size = self.max_tokens
+            self._learn_all(batch, largest, None, beside_gradients=crowded)
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.max_tokens == size:
+                self._proven = tokens
+
+    def _tokens(self, batch: Batch, rows: Tensor) -> int:
+        """In a forward pass of `rows`."""
+        lengths = batch.response_mask[rows].sum(-1)
+        if not self.scorer.packed:
+            return len(rows) * int((batch.prompt_lengths[rows] + lengths).max())
+        prompts = dict(zip(batch.prompt_index[rows].tolist(), batch.prompt_lengths[rows].tolist(), strict=True))
+        return int((lengths - 1).sum()) + sum(prompts.values())
+
+    @contextmanager
+    def _room_for_moments(self) -> Iterator[None]:
+        """Holds the memory that AdamW takes in the first step of all, so that what fits before it fits behind it."""
+        absent = not self.optimizer.state and not isinstance(self.optimizer, HostAdamW)
+        room = [torch.empty_like(p) for p in self._parameters() for _ in range(2) if absent]
+        try:
+            yield
+        finally:
+            room.clear()
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for p in self.scorer.model.parameters() if p.requires_grad]
+
+    def _optimizer_step(self, batch: Batch, rows: Tensor, learned: list["Micro"], record: UpdateRecord) -> None:
+        parameters = self._parameters()
         for micro in learned:
             record.add(micro)
             if micro.gradients is not None:
@@ -154,8 +213,25 @@ class Updater:
         if not np.isfinite(norm):
             raise RunStopped("the gradient is not finite: the weights have exploded; lower trainer.lr")
         record.grad_norms.append(norm)
-        if counts.tokens:
+        if self._loss_mask(batch)[rows].any():  # else truncated responses alone (mask_truncated): not stepped on
             self.optimizer.step()
+
+    def _learn_all(
+        self, batch: Batch, rows: Tensor, old_log_probs: Tensor | None, beside_gradients: bool = False
+    ) -> list["Micro"]:
+        """Forward and backward passes of a mini-batch, in micro-batches."""
+        counts = Denominators.of(self._loss_mask(batch)[rows])
+        # A mini-batch of truncated responses alone (mask_truncated) has a loss of 0 over 1.
+        denominators = Denominators(max(1, counts.sequences), max(1, counts.tokens))
+        parameters = self._parameters()
+
+        def learn(micro: Tensor) -> Micro:
+            if beside_gradients:  # as behind the first micro-batch of several
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+            return self._learn(batch, micro, old_log_probs, denominators, parameters)
+
+        return self._map(learn, batch, rows)
 
     def _learn(
         self,
@@ -169,8 +245,8 @@ class Updater:
         part = batch.rows(rows)
         length = part.response_ids.shape[1]
         log_probs, entropy = self.scorer(part, entropy_gradient=self.objective.entropy_bonus != 0)
-        if log_probs.isnan().any():
-            raise RunStopped("log-probabilities are NaN: the weights have exploded; lower trainer.lr")
+        if not log_probs.isfinite().all():
+            raise RunStopped("log-probabilities are not finite: the weights have exploded; lower trainer.lr")
         device = log_probs.device
         old = log_probs.detach() if old_log_probs is None else old_log_probs[rows, :length].to(device)
         out = self.objective(
@@ -198,11 +274,12 @@ class Updater:
             parts = self.scorer.split(batch, rows, self.max_tokens)
             try:
                 return self.workers.map(work, parts)
-            except torch.OutOfMemoryError:
-                if len(parts) == len(rows):  # nothing left to cut
+            except (RuntimeError, MemoryError) as error:
+                if not lacks_memory(error) or len(parts) == len(rows):  # nothing left to cut
                     raise
             # Out of the handler, so that the failed pass is not kept alive by the error's traceback.
             self.max_tokens //= 2
+            self._proven = 0
             gc.collect()
             torch.cuda.empty_cache()
 

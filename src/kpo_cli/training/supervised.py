@@ -7,7 +7,6 @@ Everything that a step draws depends on (seed, step) alone, so that a stopped ru
 
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,11 +20,11 @@ from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import RunStopped, UserError
 from kpo_cli.policy.batch import Batch, make_batch
 from kpo_cli.policy.load import Policy
-from kpo_cli.policy.memory import LESS_MEMORY
 from kpo_cli.policy.response import Response
 from kpo_cli.runs.checkpoints import Progress
 from kpo_cli.runs.directory import SUPERVISED, RunDir
 from kpo_cli.training.display import Display
+from kpo_cli.training.saving import Saver
 from kpo_cli.training.step import Updater, UpdateRecord
 from kpo_cli.training.stopping import Stop
 
@@ -98,15 +97,17 @@ def supervise(
     progress: Progress,
     display: Display,
     stop: Stop,
-    save: Callable[[], object],
+    saver: Saver,
 ) -> None:
-    """Train from `progress` to the end of the phase; `save` writes a checkpoint. Nothing if the phase is over."""
+    """Train from `progress`, which it advances, to the end of the phase. Nothing if the phase is over."""
     config = demonstrations.config.trainer.supervised
     learner = replace(updater, objective=maximum_likelihood(), mini_batches=1, mask_truncated=False, reference=None)
     display.phase("supervised phase")
     while progress.supervised_step is not None:
-        step = progress.supervised_step = progress.supervised_step + 1
-        metrics = _step(demonstrations, learner, step)
+        step = progress.supervised_step + 1
+        with saver.keeping(progress, f"supervised step {step}"):
+            metrics = _step(demonstrations, learner, step)
+        progress.supervised_step = step
         if learner.max_tokens < updater.max_tokens:  # out of memory once, found out for good
             updater.max_tokens = progress.max_tokens = learner.max_tokens
         run.append_metrics(metrics, SUPERVISED)
@@ -117,7 +118,7 @@ def supervise(
             progress.supervised_step = None
             updater.optimizer.state.clear()  # RL has moments of its own
         if stopping or due or progress.supervised_step is None:
-            save()
+            saver.save(progress)
         if stopping:
             stop.leave(f"supervised step {step}", run.path)
 
@@ -142,9 +143,7 @@ def _step(demonstrations: Demonstrations, learner: Updater, step: int) -> dict[s
         record = learner.update(batch)
     except RunStopped as error:
         hint = str(error).replace("trainer.lr", "trainer.supervised.lr")
-        raise RunStopped(f"supervised step {step}: {hint}") from None
-    except torch.OutOfMemoryError:
-        raise RunStopped(f"supervised step {step}: out of memory; {LESS_MEMORY}") from None
+        raise RunStopped(hint) from None
     tokens, seconds = int(batch.response_mask.sum()), time.perf_counter() - started
     return {
         "step": step,

@@ -24,7 +24,7 @@ FINAL = ("accuracy_greedy", "accuracy_sampled")
 NO_DIFFERENCE = {
     "seed",
     *(f"trainer.{k}" for k in ("threads", "eval_every", "checkpoint_every", "keep_checkpoints", "ratios_every")),
-    "trainer.stop_after",
+    *("trainer.stop_after", "trainer.keep_optimizer"),
 }
 """Keys that do not make two runs different experiments."""
 GRID = 60

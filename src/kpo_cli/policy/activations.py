@@ -1,0 +1,157 @@
+"""What a forward and backward pass holds beside weights, gradients and optimizer, and a sampling batch beside weights.
+
+Estimates for decoders of attention and MLPs, tensor by tensor; `benchmarks/memory.py` counts them with fake tensors.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kpo_cli.core.log_probs import chunk_of
+from kpo_cli.policy.lora import linear_layers
+
+
+class NoEstimate(Exception):
+    """Why activations and cache of a model are not estimated. Weights, gradients and optimizer are counted anyway."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Sizes of a decoder of attention and MLPs, as far as memory depends on them."""
+
+    layers: int
+    hidden: int
+    queries: int
+    """Heads times head size."""
+    keys: int
+    """Key-value heads times head size; as many of values."""
+    intermediate: int
+    vocabulary: int
+    norms: int
+    """Of the hidden states, in a layer."""
+    head_norms: bool
+    """Queries and keys are normalised."""
+    gated: bool
+    """The MLP has a gate."""
+    matrices: int
+    """Weights of all layers' products."""
+    tied: bool
+    """The head is the embedding."""
+
+    @classmethod
+    def of(cls, config: Any, model: Any) -> "Decoder":
+        """From a text model's transformers config and the model (on meta). Raises NoEstimate if it is another kind."""
+
+        def size(name: str, default: int | None = None) -> int:
+            value = getattr(config, name, None)
+            value = default if value is None else value
+            if not isinstance(value, int) or value < 1:
+                raise NoEstimate(f"{name} of this model is {str(value)[:40]}")
+            return value
+
+        hidden, layers, heads = size("hidden_size"), size("num_hidden_layers"), size("num_attention_heads")
+        head = size("head_dim", hidden // heads)
+        queries, keys = heads * head, size("num_key_value_heads", heads) * head
+        intermediate = size("intermediate_size", 4 * hidden)
+        linear = sum(layer.weight.numel() for layer in linear_layers(model).values())
+        attention = 2 * hidden * (queries + keys)
+        kinds = {layers * (attention + matrices * hidden * intermediate): matrices == 3 for matrices in (2, 3)}
+        if linear not in kinds:
+            raise NoEstimate("its layers are not attention and an MLP of the sizes in its config")
+        modules = dict(model.named_modules())
+        wide = [m for m in modules.values() if type(m).__name__.endswith("Norm") and m.weight.numel() == hidden]
+        head_norms = any(name.endswith("q_norm") for name in modules)
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        vocabulary, norms = size("vocab_size"), max(0, len(wide) - 1) // layers
+        return cls(
+            layers, hidden, queries, keys, intermediate, vocabulary, norms, head_norms, kinds[linear], linear, tied
+        )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A packed micro-batch, forward and backward, under autocast (`half`) or in float32."""
+
+    tokens: int
+    gathered: int
+    """Tokens of its rows as attention sees them, each with its own prompt."""
+    predicted: int
+    """Response tokens."""
+    half: bool
+    recompute: bool
+    """Gradient checkpointing."""
+    adapters: float
+    """Ranks of all adapters of a layer together; 0: every weight trains."""
+    on_gpu: bool
+
+
+def activation_bytes(model: Decoder, batch: Pass) -> int:
+    """The peak of a pass beside weights (with autocast's copies of them), gradients and the optimizer's state.
+
+    It is reached in the forward pass of the head, in its backward pass, in the backward pass of the last layer, or in
+    that of the embedding, by then with no activations. With recomputation layers keep their input alone, but for the
+    one that is computed again; and autocast's copies are gone once the forward pass is over.
+    """
+    trained, square = batch.adapters == 0, model.vocabulary * model.hidden
+    hidden = 4 * batch.tokens * model.hidden  # float32 under autocast as well, since the embedding is
+    layer = _layer_bytes(model, batch)
+    kept = model.layers * (hidden if batch.recompute else layer) + (1 + trained) * hidden  # and the last norm
+    states = 4 * batch.predicted * model.hidden  # those that predict a token
+    forward, backward = _head_bytes(model, batch)
+    # The gradient of the head's weight waits for that of the embedding, which comes last, if they are one.
+    waiting = 4 * square if model.tied and trained else 0
+    embedding = 4 * square * (2 if model.tied else 1) if trained else 0  # and their sum
+    # In an MLP's backward pass three gradients of its width are there and one activation has gone.
+    working = hidden + 2 * (2 if batch.half else 4) * batch.tokens * model.intermediate
+    if batch.half and not trained:  # what adapters read is widened to their type first
+        working += 4 * batch.tokens * model.intermediate
+    # Autocast's copies: the layers' are kept from the forward to the backward pass, the head's are made for each.
+    head = 2 * square if batch.half else 0
+    of_layers = 2 * model.matrices if batch.half and trained else 0
+    in_backward = 0 if batch.recompute else of_layers
+    at_work = layer + of_layers // model.layers if batch.recompute else 0
+    moments = (
+        kept + states + hidden + forward + head + of_layers,
+        kept + states + backward + head + in_backward,
+        kept + waiting + working + in_backward + at_work,
+        waiting + embedding + hidden,
+    )
+    return max(0, max(moments) - (head + of_layers if trained else 0))
+
+
+def _layer_bytes(model: Decoder, batch: Pass) -> int:
+    """What a decoder layer keeps for its backward pass, of all tokens.
+
+    Under autocast norms, rotations and the residual stream are float32, each product reads a bfloat16 copy of its own,
+    and what products write is bfloat16. In float32 products that read the same tensor share it. A norm keeps its input
+    and, for the gradient of its weight, what it makes of it. Attention keeps queries, keys, values and its output.
+    """
+    hidden, queries, keys, intermediate = model.hidden, model.queries, model.keys, model.intermediate
+    trained = batch.adapters == 0
+    width = 2 if batch.half else 4
+    kept = model.norms * (4 + 4 * trained) * hidden
+    kept += (3 + 1 + model.gated) * 2 * hidden if batch.half else 2 * 4 * hidden  # read by q, k, v and by the MLP
+    if model.head_norms:
+        kept += (4 + width * trained) * (queries + keys)
+    kept += width * queries  # read by the output projection
+    kept += (4 if model.gated else 2) * width * intermediate  # gate, its activation, the other half, their product
+    attention = width * (2 * queries + 2 * keys)
+    return batch.tokens * (kept + int(width * batch.adapters)) + batch.gathered * attention
+
+
+def _head_bytes(model: Decoder, batch: Pass) -> tuple[int, int]:
+    """Forward and backward, beside what is kept: a chunk of logits as it is worked on, and whole matrices."""
+    square = model.vocabulary * model.hidden
+    block = min(batch.predicted, chunk_of(model.vocabulary, batch.on_gpu)) * model.vocabulary
+    if batch.half:  # a CPU rounds the logits and then widens them, and widens their gradient again
+        forward, backward = (8, 6) if batch.on_gpu else (10, 10)
+    else:
+        forward, backward = 8, 4
+    gradient = 0 if batch.adapters else 4 * square
+    return forward * block, backward * block + gradient + 4 * batch.predicted * model.hidden
+
+
+def cache_bytes(model: Decoder, rows: int, length: int, half: bool) -> int:
+    """Keys and values of so many rows of `length` tokens, one layer's twice (it grows by copying), and their logits."""
+    width = 2 if half else 4
+    logits = rows * model.vocabulary * (width + 4 + 4)  # as they come, scaled in float32, and their probabilities
+    return (model.layers + 1) * rows * length * 2 * model.keys * width + logits
