@@ -55,16 +55,16 @@ class Part:
 PARTS = (
     Part("env", "what machine is this", "gpu_parts.machine:env", 15),
     Part("on_policy", "lr = 0 gives z = 0", "gpu_parts.numerics:on_policy", 25),
-    Part("layouts", "packed = padded = float64", "gpu_parts.numerics:layouts", 15),
-    Part("log_probs", "linear_log_probs against float64", "gpu_parts.numerics:log_probs", 12),
-    Part("filters", "filters against float64; Triton", "gpu_parts.numerics:filters", 20),
+    Part("layouts", "packed = padded = float64", "gpu_parts.numerics:layouts", 10),
+    Part("log_probs", "linear_log_probs against float64", "gpu_parts.numerics:log_probs", 10),
+    Part("filters", "filters against float64; Triton", "gpu_parts.numerics:filters", 15),
     Part("backends", "which SDPA runs; a new shape's cost", "gpu_parts.attention:backends", 20),
-    Part("varlen", "varlen attention = our buckets", "gpu_parts.attention:varlen", 15),
-    Part("memory", "peak memory against the plan", "gpu_parts.costs:memory", 45),
-    Part("step", "a training step, KPO against GRPO", "gpu_parts.costs:step", 50),
-    Part("rollout", "sampling with rollout=hf in bf16", "gpu_parts.costs:rollout", 20),
-    Part("resume", "kill and resume with offload", "gpu_parts.runs:resume", 35),
-    Part("long", "experiment=long_arithmetic", "gpu_parts.runs:long", 25, takes_the_rest=True),
+    Part("varlen", "varlen attention = our buckets", "gpu_parts.attention:varlen", 12),
+    Part("memory", "peak memory against the plan", "gpu_parts.costs:memory", 40),
+    Part("step", "a training step, KPO against GRPO", "gpu_parts.costs:step", 55),
+    Part("rollout", "sampling with rollout=hf in bf16", "gpu_parts.costs:rollout", 22),
+    Part("resume", "kill and resume with offload", "gpu_parts.runs:resume", 36),
+    Part("long", "experiment=long_arithmetic", "gpu_parts.runs:long", 30, takes_the_rest=True),
 )
 
 
@@ -116,6 +116,7 @@ class Runner:
     def run(self) -> int:
         """The number of parts that failed or did not end."""
         prepare(self.chosen)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # with the part that runs, by `wait`
         total = sum(map(self.limit_of, self.chosen))
         print(f"{len(self.chosen)} parts, {total:,} s at most, a budget of {self.options.budget:,.0f} s", flush=True)
         rows = []
@@ -217,7 +218,7 @@ def outcome(status: str, reason: str, seconds: float) -> dict[str, Any]:
 def prepare(parts: Sequence[Part]) -> None:
     """Import what the parts need, once. What cannot be imported fails where it is used, with its own message."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA in the parent
-    for module in sorted({part.function.split(":")[0] for part in parts}):
+    for module in ["gpu_parts", *sorted({part.function.split(":")[0] for part in parts})]:
         with contextlib.suppress(Exception):
             importlib.import_module(module)
 
@@ -248,8 +249,7 @@ def work(part: Part, options: argparse.Namespace, folder: Path) -> None:
     except BaseException as error:  # a part may raise anything, SystemExit too
         traceback.print_exc()
         lines = traceback.format_exception_only(error)[-1].strip().splitlines()
-        status = "skipped" if type(error).__name__ == "Skipped" else "failed"
-        write(status=status, reason=lines[0][:300])  # the others of a CUDA error are advice
+        write(status="failed", reason=lines[0][:300])  # the other lines of a CUDA error are advice
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -261,16 +261,19 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def tables(rows: Sequence[dict[str, Any]], parts: Sequence[Part]) -> str:
     """Markdown: how each part ended, and all numbers."""
     questions = {part.name: part.question for part in parts}
-    lines = ["| part | asked | status | s | on | |", "|---|---|---|---|---|---|"]
+    lines = [line_of("part", "asked", "status", "s", "on", ""), "|---|---|---|---|---|---|"]
     for row in rows:
         on = f"{row['device']}{', small shapes: says nothing of a GPU' if row['small'] else ''}"
-        cells = (row["part"], questions.get(row["part"], ""), row["status"], f"{row['seconds']:.1f}", on, row["reason"])
-        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |")
-    lines += ["", "| part | what | value |", "|---|---|---|"]
+        asked, seconds = questions.get(row["part"], ""), f"{row['seconds']:.1f}"
+        lines.append(line_of(row["part"], asked, row["status"], seconds, on, row["reason"]))
+    lines += ["", line_of("part", "what", "value"), "|---|---|---|"]
     for row in rows:
-        for name, value in row.get("numbers", {}).items():
-            lines.append(f"| {row['part']} | {name.replace('|', chr(92) + '|')} | {shown(value)} |")
+        lines += [line_of(row["part"], name, shown(value)) for name, value in row.get("numbers", {}).items()]
     return "\n".join(lines)
+
+
+def line_of(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def shown(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The parts of benchmarks/gpu.py. A part is a function of a `Setting` that yields dicts of numbers as they come.
 
-What a part finds wrong it raises at its end (`require`), behind its numbers. A number that the device cannot give is
-`NOT_MEASURED`; a part that makes no sense on it raises Skipped with the reason.
+What a part finds wrong it raises at its end (`require`), behind its numbers. What the device cannot show is
+`NOT_MEASURED`, which is neither a number nor a pass.
 """
 
 import platform
@@ -16,10 +16,6 @@ import torch
 Numbers = Iterator[dict[str, float | int | str]]
 NOT_MEASURED = "not measured"
 PACKAGES = ("torch", "transformers", "triton", "numba", "peft")
-
-
-class Skipped(Exception):
-    """There is nothing to run here; the message says why."""
 
 
 @dataclass(frozen=True)

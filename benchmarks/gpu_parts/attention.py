@@ -29,21 +29,23 @@ def backends(setting: Setting) -> Numbers:
     for dtype in (half, torch.float32):
         for name, call in shapes_of_ours(setting, dtype).items():
             yield {f"{name}, {str(dtype).removeprefix('torch.')}": kernel_of(call, setting)}
-    lengths = [37 + 61 * i for i in range(20)] if not setting.small else [5, 9]
     without = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    kinds: dict[str, Callable[[], Any]] = {
-        "without cuDNN": lambda: sdpa_kernel(without),
-        "torch's own choice": nullcontext,
-    }
+    kinds: dict[str, Callable[[], Any]] = {"without cuDNN": lambda: sdpa_kernel(without), "torch's choice": nullcontext}
     if setting.cuda:
         kinds["cuDNN alone"] = lambda: sdpa_kernel([SDPBackend.CUDNN_ATTENTION])
-    for name, chosen in kinds.items():
-        for grad in (True, False):
-            with chosen():
-                first, second = new_shapes(lengths, setting, grad)
+    for number, (name, chosen) in enumerate(kinds.items()):
+        for grad in (False, True):
+            # Each has lengths of its own: a plan that another one made would be found again.
+            lengths = [37 + 61 * i + 2 * number + grad for i in range(2 if setting.small else 20)]
             what = f"new shape, {name}, {'forward and backward' if grad else 'forward'}"
-            yield {f"{what}: first, ms (mean)": statistics.mean(first), f"{what}: first, ms (most)": max(first)}
-            yield {f"{what}: again, ms (mean)": statistics.mean(second)}
+            try:
+                with chosen():
+                    first, second = new_shapes(lengths, setting, grad, setting.seconds / 10)
+            except RuntimeError as error:
+                yield {what: f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"}
+                continue
+            yield {f"{what}: shapes": len(first), f"{what}: first, ms (mean)": statistics.mean(first)}
+            yield {f"{what}: first, ms (most)": max(first), f"{what}: again, ms (mean)": statistics.mean(second)}
 
 
 def shapes_of_ours(setting: Setting, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
@@ -83,11 +85,14 @@ def kernel_of(call: Callable[[], Tensor], setting: Setting) -> str:
     return f"{', '.join(names)}; {longest.key[:60] if longest else 'no kernel seen'}"
 
 
-def new_shapes(lengths: list[int], setting: Setting, grad: bool) -> tuple[list[float], list[float]]:
-    """Milliseconds of the first and of the second call at each length."""
+def new_shapes(lengths: list[int], setting: Setting, grad: bool, seconds: float) -> tuple[list[float], list[float]]:
+    """Milliseconds of the first and of the second call at each length, until `seconds` are over."""
     clock, first, second = Clock(setting.device), [], []
+    ends = clock.now() + seconds
     heads, shared, size = (4, 2, 16) if setting.small else (16, 8, 128)
     for length in lengths:
+        if first and clock.now() > ends:
+            break
         q, k, v = (
             torch.randn(3, count, length, size, device=setting.device, dtype=torch.bfloat16, requires_grad=grad)
             for count in (heads, shared, shared)
@@ -161,9 +166,8 @@ def varlen(setting: Setting) -> Numbers:
                 [f"{name}, {case}: off by {max(off):.2g}"] if not max(off) < (0.02 if setting.cuda else 1e-5) else []
             )
         if setting.cuda:
-            times = {
-                name: milliseconds(partial(run, way, (q, k, v), g, dtype), "cuda", 5) for name, way in ways.items()
-            }
+            calls = {name: partial(run, way, (q, k, v), g, dtype) for name, way in ways.items()}
+            times = {name: milliseconds(call, setting.device, 5) for name, call in calls.items()}
             yield {f"{name}, {case}, forward and backward, ms": spent for name, spent in times.items()}
             yield {f"{case}: varlen / buckets, time": times["varlen"] / times["buckets"]}
     require(wrong)
@@ -171,7 +175,7 @@ def varlen(setting: Setting) -> Numbers:
 
 def run(way: Callable[..., Tensor], inputs: tuple[Tensor, ...], g: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The output (M, heads, size) of a way and the gradients of its three inputs."""
-    leaves = tuple(tensor.to(dtype).requires_grad_() for tensor in inputs)
+    leaves = tuple(tensor.detach().to(dtype).requires_grad_() for tensor in inputs)
     out = way(*leaves)
     return out.detach(), *torch.autograd.grad(out, leaves, g.to(out.dtype))
 

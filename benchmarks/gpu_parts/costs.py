@@ -80,7 +80,7 @@ def step(setting: Setting) -> Numbers:
         host = big and torch.cuda.get_device_properties(0).total_memory < ROOM_FOR_ALL
         variants = [Variant(method=method, recompute=big) for method in ("kpo", "grpo")]
         tokens = SHAPES[name].tokens
-        rows = measure_steps(name, setting.device, tokens, 1 if big or setting.small else 3, variants, peak, host)
+        rows = measure_steps(name, setting.device, tokens, 1 if big or setting.small else 2, variants, peak, host)
         for row in rows:
             case = f"{name}, {row['method']}{', recompute' if big else ''}{', offload' if host else ''}"
             names = ("tokens/s", "MFU step", "MFU fwd+bwd", "step", "fwd+bwd", "optimizer", "objective", "pass")
@@ -98,7 +98,7 @@ def rollout(setting: Setting) -> Numbers:
     policy = load_policy(config.model)
     reason = make_packable(policy.model)
     scorer = Scorer(policy.model, 1.0, True, packed=reason is None)
-    prompts, length = (2, 24) if setting.small else (32, 256)
+    prompts, length = (2, 24) if setting.small else (32, 128)
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(256, (20 + i,), generator=draw).tolist() for i in range(prompts)]
     settings = {"stop_ids": policy.stop_ids, "temperature": 1.0, "max_response_tokens": length}

@@ -89,21 +89,36 @@ def weight_difference(one: Path, other: Path) -> float:
 
 
 def long(setting: Setting) -> Numbers:
-    """experiment=long_arithmetic for the seconds there are. The supervised phase is cut to fit where they are few."""
-    run, seconds = setting.folder / "run", setting.seconds - (25 if not setting.small else 60)
+    """experiment=long_arithmetic for the seconds there are; its numbers come while it runs."""
+    run, seconds = setting.folder / "run", min(setting.seconds - 25, 600)
     options = [f"run_dir={run}", f"model.device={setting.device}", "trainer.ratios_every=0", "rollout=hf"]
     if setting.small:
         options += ["experiment=long_arithmetic_cpu", "trainer.supervised.steps=3", "trainer.steps=2"]
         options += ["trainer.prompts_per_step=4", "data.heldout=4", "trainer.eval_every=0"]
     else:
-        supervised = min(4000, max(20, int(4 * seconds)))
-        options += ["experiment=long_arithmetic", f"trainer.supervised.steps={supervised}", "data.heldout=16"]
-        yield {"supervised steps": supervised}
-    finish(launch(*options, f"trainer.stop_after={max(10, seconds):.0f}"))
+        options += ["experiment=long_arithmetic", "data.heldout=16"]
+    if not setting.small and seconds < WHOLE:
+        cut = [f"trainer.supervised.steps={max(10, int(2 * seconds))}", "data.operators=20", "data.max_operators=60"]
+        cut += ["rollout.max_prompt_tokens=122", "rollout.max_response_tokens=512"]
+        options += cut
+        yield {"cut down to the time there is": " ".join(cut)}
+    process = launch(*options, f"trainer.stop_after={max(5, seconds):.0f}")
+    while process.poll() is None:
+        time.sleep(1)
+        yield progress_of(run)
+    finish(process)
+    yield progress_of(run)
+
+
+WHOLE = 240
+"""Seconds from which on the experiment is run as it is."""
+
+
+def progress_of(run: Path) -> dict[str, float | int | str]:
+    """What a run has written so far: the supervised phase's last step, and every RL step."""
     learned, trained = rows_of(run, "supervised.jsonl"), rows_of(run)
-    yield {"supervised steps done": len(learned), "RL steps done": max(0, len(trained) - 1)}
+    found: dict[str, float | int | str] = {"supervised steps": len(learned), "RL steps": max(0, len(trained) - 1)}
     if learned:
-        yield {f"supervised, {name}, last": value for name, value in learned[-1].items() if name != "step"}
-    for row in trained:
-        names = ("reward_mean", "accuracy_greedy", "time_rollout", "time_update", "time_step", "tokens_per_second")
-        yield {f"step {row['step']}: {name}": row[name] for name in names if name in row}
+        found |= {f"supervised, last: {name}": learned[-1][name] for name in ("loss", "tokens_per_second", "time_step")}
+    names = ("reward_mean", "accuracy_greedy", "response_length_mean", "time_rollout", "time_update", "time_step")
+    return found | {f"step {row['step']}: {name}": row[name] for row in trained for name in names if name in row}
