@@ -122,10 +122,11 @@ class Runner:
         rows = []
         for number, part in enumerate(self.chosen):
             row = self.attempt(part)
-            if number == 0 and row["status"] == "failed" and not self.fresh:
+            if number == 0 and row["status"] == "failed" and not row["numbers"] and not self.fresh:
                 self.fresh = True  # an import may have touched the device, which no fork survives
-                row = self.attempt(part)
-                self.fresh = row["status"] == "ok"
+                again = self.attempt(part)
+                self.fresh = again["status"] == "ok"
+                row = again if self.fresh else row
             rows.append(row)
             with self.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -147,6 +148,7 @@ class Runner:
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "small": self.options.small,
             "device": self.options.device,
+            "numbers": {},
         }
         if left < limit / 2:
             return about | outcome("skipped", f"no time: {max(0, left):.0f} s of the budget are left", 0.0)
@@ -200,7 +202,7 @@ class Runner:
     def found(self, folder: Path, code: int | None, spent: float, limit: float) -> dict[str, Any]:
         """What a part left behind, however it ended."""
         kept = folder / "numbers.json"
-        left = json.loads(kept.read_text()) if kept.exists() else {"numbers": {}}
+        left = json.loads(kept.read_text()) if kept.exists() else {}
         if code is None:
             return left | outcome("timeout", f"stopped after {limit:.0f} s", spent)
         if "status" not in left:
@@ -232,7 +234,7 @@ def work(part: Part, options: argparse.Namespace, folder: Path) -> None:
     def write(**more: Any) -> None:
         left.update(more)
         draft = folder / "draft.json"
-        draft.write_text(json.dumps(left))
+        draft.write_text(json.dumps(left, default=str))
         draft.replace(folder / "numbers.json")
 
     try:
@@ -268,7 +270,7 @@ def tables(rows: Sequence[dict[str, Any]], parts: Sequence[Part]) -> str:
         lines.append(line_of(row["part"], asked, row["status"], seconds, on, row["reason"]))
     lines += ["", line_of("part", "what", "value"), "|---|---|---|"]
     for row in rows:
-        lines += [line_of(row["part"], name, shown(value)) for name, value in row.get("numbers", {}).items()]
+        lines += [line_of(row["part"], name, shown(value)) for name, value in row["numbers"].items()]
     return "\n".join(lines)
 
 
