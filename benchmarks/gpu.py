@@ -115,7 +115,7 @@ class Runner:
 
     def run(self) -> int:
         """The number of parts that failed or did not end."""
-        prepare(self.chosen)
+        prepare(self.chosen, self.options.small)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # with the part that runs, by `wait`
         total = sum(map(self.limit_of, self.chosen))
         print(f"{len(self.chosen)} parts, {total:,} s at most, a budget of {self.options.budget:,.0f} s", flush=True)
@@ -217,9 +217,11 @@ def outcome(status: str, reason: str, seconds: float) -> dict[str, Any]:
     return {"status": status, "reason": reason, "seconds": round(seconds, 2)}
 
 
-def prepare(parts: Sequence[Part]) -> None:
+def prepare(parts: Sequence[Part], small: bool) -> None:
     """Import what the parts need, once. What cannot be imported fails where it is used, with its own message."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA in the parent
+    if small:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # small shapes gain nothing from threads that wait for each other
     for module in ["gpu_parts", *sorted({part.function.split(":")[0] for part in parts})]:
         with contextlib.suppress(Exception):
             importlib.import_module(module)

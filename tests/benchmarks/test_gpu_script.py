@@ -366,6 +366,24 @@ def test_the_branches_of_a_gpu_have_no_slip(pretending, monkeypatch):
     assert any("cuDNN alone" in name for name in every(attention.backends(pretending)))
 
 
+@pytest.mark.parametrize("off", [0.0, 1e-9])
+def test_triton_is_held_against_torch(pretending, off, monkeypatch):
+    monkeypatch.setattr(numerics, "_triton_kernel", object)
+    monkeypatch.setattr(numerics, "launch_triton", lambda kernel, *rows: numerics.saturated_scan_torch(*rows) + off)
+    if off:
+        with pytest.raises(AssertionError, match="Triton differs from torch by 1e-09"):
+            list(numerics.filters(pretending))
+    else:
+        found = every(numerics.filters(pretending))
+        assert found["robust, Triton - torch"] == 0
+        assert found["robust, Triton, ms"] > 0
+
+
+def test_the_layouts_of_a_gpu_are_compared_under_tf32_too(pretending):
+    found = every(numerics.layouts(pretending))
+    assert found["float32 with TF32: packed - padded, nats"] < 1e-5
+
+
 @pytest.mark.parametrize("seconds", [60.0, 500.0])
 def test_what_the_long_run_asks_for_is_a_configuration(seconds, tmp_path, monkeypatch):
     """On a GPU: cut down where there is little time, else the experiment as it is."""
