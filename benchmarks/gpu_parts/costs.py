@@ -13,10 +13,10 @@ from gpu_parts import NOT_MEASURED, Numbers, Setting, composed, require, saved_m
 from gpu_parts.machine import GIB
 from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.memory import MemoryPlan, plan_memory
-from kpo_cli.policy.scorer import Scorer, make_packable
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler
 from kpo_cli.rollout.check import SamplerCheck
+from kpo_cli.training import assemble
 from kpo_cli.training.sampler import trainer_score
 
 MEASURED_PEAK = (790e12, "bf16 matrix products reach 790 TFLOP/s there")
@@ -96,8 +96,7 @@ def rollout(setting: Setting) -> Numbers:
     path = saved_model(setting, **(SMALL_BODY if setting.small else LARGE_BODY))
     config = composed(f"model.path='{path}'", f"model.device={setting.device}", "model.dtype=bfloat16")
     policy = load_policy(config.model)
-    reason = make_packable(policy.model)
-    scorer = Scorer(policy.model, 1.0, True, packed=reason is None)
+    scorer, _ = assemble._scorer(policy, 1.0)
     prompts, length = (2, 24) if setting.small else (32, 128)
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(256, (20 + i,), generator=draw).tolist() for i in range(prompts)]

@@ -19,8 +19,8 @@ from kpo_cli.core.filters import FILTERS
 from kpo_cli.core.robust import _triton_kernel, launch_triton, saturated_scan_torch
 from kpo_cli.policy.batch import Batch
 from kpo_cli.policy.load import load_policy
-from kpo_cli.policy.lora import halve_frozen_layers
-from kpo_cli.policy.scorer import Scorer, make_packable
+from kpo_cli.policy.scorer import Scorer
+from kpo_cli.training import assemble
 from kpo_cli.training.step import Updater
 
 TINY = Shape(64, 2, 4, 2, 32, 128, 256, 160, 6)
@@ -59,13 +59,10 @@ def on_policy(setting: Setting) -> Numbers:
 
 def loaded_scorer(*overrides: str) -> Scorer:
     """As `kpo train` makes it."""
-    policy = load_policy(composed(*overrides).model)
-    if reason := make_packable(policy.model):
-        raise AssertionError(f"the model is not packed: {reason}")
-    half = policy.dtype == "bfloat16"
-    if half:
-        halve_frozen_layers(policy.model)
-    return Scorer(policy.model, 1.0, half, packed=True)
+    scorer, notes = assemble._scorer(load_policy(composed(*overrides).model), 1.0)
+    if not scorer.packed:
+        raise AssertionError("; ".join(notes))
+    return scorer
 
 
 def largest_ratios(scorer: Scorer, batch: Batch, tokens: int, recompute: bool, lr: float) -> list[float]:
