@@ -1,10 +1,10 @@
-# make train | test | test-vllm | check | bench | install. Everything lives in .venv (and .venv-vllm); nothing else is touched.
+# make train | test | test-vllm | check | bench | gpu | install. Everything lives in .venv (and .venv-vllm, .venv-gpu); nothing else is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-vllm check bench install clean
+.PHONY: train test test-vllm check bench gpu gpu-bundle gpu-bundle-test install clean
 
 train: install
 	$(BIN)/kpo train method=kpo $(ARGS)
@@ -40,6 +40,24 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/filters.py
 	$(BIN)/python benchmarks/objectives.py
 
+# All that a GPU is asked, in under five minutes (docs/performance.md); ONLY=part,part for some.
+gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu.py $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+# The same for a machine with a GPU and without a network: bash gpu-bundle/run.sh there.
+gpu-bundle:
+	$(PYTHON) benchmarks/gpu_bundle.py
+
+# Minutes: an environment that holds that machine's packages and no others of ours, and the bundle in it.
+STANDIN := .venv-gpu
+STANDIN_VERSIONS := torch==2.13.0 transformers==5.17.*
+
+gpu-bundle-test: gpu-bundle
+	$(PYTHON) -m venv --clear $(STANDIN)
+	$(STANDIN)/bin/python -m pip install --quiet --disable-pip-version-check $(STANDIN_VERSIONS) \
+		$$($(PYTHON) benchmarks/gpu_bundle.py --needed-there)
+	PYTHON=$(STANDIN)/bin/python bash gpu-bundle/run.sh --device cpu --small $(ARGS)
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -53,4 +71,4 @@ $(VENV)/.dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) $(STANDIN) gpu-bundle .pytest_cache .mypy_cache .ruff_cache

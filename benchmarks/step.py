@@ -1,13 +1,13 @@
 """Speed and memory of a training step, and the memory of its log-probability stage, with random weights.
 
-    python benchmarks/step.py [--shape small|0.6b|4b] [--device cpu|cuda] [--tokens N] [--repeats 3] [--json FILE]
+    python benchmarks/step.py [--shape tiny|small|0.6b|4b] [--device cpu|cuda] [--tokens N] [--repeats 3] [--json FILE]
     python benchmarks/step.py --stage log_probs [--device cpu|cuda] [--tokens 16384] [--plain-tokens 1024 2048]
 
 A step is what `kpo train` does with a rollout batch, through its own `Updater`: two mini-batches of `--tokens` tokens
 each, of which the second needs old log-probabilities. 0.6b and 4b have the shapes of Qwen3-0.6B and Qwen3-4B, small has
-4 layers of 256 and a vocabulary of 32,768; weights are float32, under bfloat16 autocast on CUDA. Lengths of responses
-are spread evenly from 1/8 of the longest to the longest. The variants take turns in every repeat; the first round warms
-up and is not counted.
+4 layers of 256 and a vocabulary of 32,768, and tiny only shows that all of it runs. Weights are float32, under bfloat16
+autocast on CUDA. Lengths of responses are spread evenly from 1/8 of the longest to the longest. The variants take turns
+in every repeat; the first round warms up and is not counted.
 
 - packed, chunked: no padding, no (tokens, vocabulary) logits; what `kpo train` does.
 - packed, plain: the same with logits of all response tokens at once.
@@ -41,7 +41,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,10 +56,11 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kpo_cli.core import linear_log_probs, load_objective, token_log_probs
+from kpo_cli.policy import scorer as scoring
 from kpo_cli.policy.batch import Batch, make_batch
 from kpo_cli.policy.response import Response
 from kpo_cli.policy.scorer import Scorer, make_packable
-from kpo_cli.training import forward
+from kpo_cli.training.optimizer import HostAdamW
 from kpo_cli.training.step import Updater
 
 GIB = 2**30
@@ -84,6 +85,7 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(64, 2, 4, 2, 16, 128, 1_024, 256, 16),
     "small": Shape(256, 4, 4, 2, 64, 768, 32_768, 2_048, 32),
     "0.6b": Shape(1024, 28, 16, 8, 128, 3072, 151_936, 16_384, 256),
     "4b": Shape(2560, 36, 32, 8, 128, 9728, 151_936, 16_384, 256),
@@ -292,7 +294,7 @@ def one_step(
     updater.clock = clock
     log_probs = linear_log_probs if variant.chunked else plain_log_probs
     memory = PeakMemory(device)
-    patched = mock.patch.object(forward, "linear_log_probs", log_probs)
+    patched = mock.patch.object(scoring, "linear_log_probs", log_probs)
     with patched, timed_optimizer(optimizer, clock), clock.phase("step"):
         updater.update(batch)
     optimizer.zero_grad(set_to_none=True)
@@ -327,26 +329,38 @@ def peak_flops(device: str) -> tuple[float, str]:
     return flops, f"{name}, {flops / 1e12:.3g} Tflop/s measured"
 
 
-def measure_steps(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    shape = SHAPES[options.shape]
-    tokens = options.tokens or shape.tokens
+def make_optimizer(model: Any, host: bool) -> torch.optim.Optimizer:
+    """AdamW as `kpo train` makes it; `host`: as under trainer.offload_optimizer=always."""
+    return (HostAdamW if host else torch.optim.AdamW)(model.parameters(), lr=1e-7, fused=True)
+
+
+def measure_steps(
+    name: str,
+    device: str,
+    tokens: int,
+    repeats: int,
+    variants: Sequence[Variant] = VARIANTS,
+    peak: tuple[float, str] | None = None,
+    host: bool = False,
+) -> list[dict[str, Any]]:
+    """A row of medians for each of the `variants`; `peak` is the flops a second that MFU is of, and what they are."""
+    shape = SHAPES[name]
     batch = make_rows(shape, tokens)
-    model = make_model(shape, options.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7, fused=True)
+    model = make_model(shape, device)
+    optimizer = make_optimizer(model, host)
     flops, learning_flops = step_flops(shape, batch)
-    peak, device = peak_flops(options.device)
-    rounds: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-    for _ in range(options.repeats + 1):
+    peak, device_label = peak or peak_flops(device)
+    rounds: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in variants}
+    for _ in range(repeats + 1):
         for variant, found in rounds.items():
             fits = int(found[-1]["pass"]) if found else tokens  # what the updater came down to, it remembers
             found.append(one_step(variant, model, optimizer, batch, fits))
     lengths = batch.response_mask.sum(-1)
     trained = int((lengths - 1).sum()) + MINI_BATCHES * PROMPTS * shape.prompt
-    console.print(
-        f"{options.shape}: {sum(p.numel() for p in model.parameters()) / 1e6:,.0f}M parameters; {device}\n"
+    about = (
+        f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:,.0f}M parameters; {device_label}\n"
         f"{MINI_BATCHES} mini-batches of {trained / MINI_BATCHES:,.0f} tokens: {PROMPTS} prompts of {shape.prompt} "
-        f"with {GROUP} responses each, of {int(lengths.min()):,} to {int(lengths.max()):,}; "
-        f"medians of {options.repeats}"
+        f"with {GROUP} responses each, of {int(lengths.min()):,} to {int(lengths.max()):,}; medians of {repeats}"
     )
     rows = []
     for variant, found in rounds.items():
@@ -354,7 +368,8 @@ def measure_steps(options: argparse.Namespace, console: Console) -> list[dict[st
         row["tokens/s"] = trained / row["step"]
         row["MFU step"] = flops / row["step"] / peak
         row["MFU fwd+bwd"] = learning_flops / row["fwd+bwd"] / peak
-        rows.append({"variant": str(variant), "shape": options.shape, "device": device} | asdict(variant) | row)
+        named = {"variant": str(variant), "shape": name, "device": device_label, "about": about}
+        rows.append(named | asdict(variant) | row)
     return rows
 
 
@@ -436,7 +451,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     console = Console(width=180)
     if options.stage == "step":
-        rows, columns = measure_steps(options, console), STEP_COLUMNS
+        tokens = options.tokens or SHAPES[options.shape].tokens
+        rows, columns = measure_steps(options.shape, options.device, tokens, options.repeats), STEP_COLUMNS
+        console.print(rows[0]["about"])
     else:
         if len(set(options.plain_tokens)) < 2:
             parser.error("--plain-tokens needs two sizes for a line")

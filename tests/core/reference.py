@@ -4,6 +4,7 @@ Written from the papers' equations, sharing no code with `kpo_cli.core`. Rows ar
 response; the gradients are derived by hand, with respect to the log-probability of each token.
 """
 
+import itertools
 import math
 
 
@@ -88,6 +89,27 @@ def kalman_varying(z, q, variances, p0=0.0, observed=None):
 
 def mean(values):
     return sum(values) / len(values)
+
+
+def filtered(name, ratio_filter, z, old, observed=None):
+    """What the filter of that name and with the parameters of `ratio_filter` makes of one row."""
+    f = ratio_filter
+    if name == "identity":
+        return list(z)
+    if name == "sequence_mean":
+        return [mean(z)] * len(z)
+    if name == "prefix_sum":
+        return list(itertools.accumulate(x if observed is None or observed[t] else 0.0 for t, x in enumerate(z)))
+    if name == "ema":
+        return ema(z, f.gain, observed)
+    if name == "steady_kalman":
+        return steady(z, f.q, f.v, observed)
+    if name in ("kalman", "kalman_p0", "kalman_adaptive"):
+        return kalman(z, f.q, f.v, f.p0, observed)
+    if name == "kalman_robust":
+        return robust(z, f.q, f.v, f.kappa, f.p0, observed)
+    variances = [f.v * max(-math.expm1(x), f.miss_floor) ** f.gamma for x in old]
+    return kalman_varying(z, f.q, variances, f.p0, observed)
 
 
 def clip_loss(log_ratio, advantage, eps_low, eps_high):

@@ -49,25 +49,6 @@ def old_log_probs_like(seed, *shape):
     return -(10.0 ** (6 * torch.rand(*shape, generator=torch.Generator().manual_seed(seed + 1)).double() - 5))
 
 
-def plain(name, ratio_filter, z, old, observed=None):
-    """The filter's truth over one row of plain floats."""
-    f = ratio_filter
-    if name == "identity":
-        return list(z)
-    if name == "prefix_sum":
-        return np.cumsum([x if observed is None or observed[t] else 0.0 for t, x in enumerate(z)]).tolist()
-    if name == "ema":
-        return reference.ema(z, f.gain, observed)
-    if name == "steady_kalman":
-        return reference.steady(z, f.q, f.v, observed)
-    if name in ("kalman", "kalman_p0", "kalman_adaptive"):
-        return reference.kalman(z, f.q, f.v, f.p0, observed)
-    if name == "kalman_robust":
-        return reference.robust(z, f.q, f.v, f.kappa, f.p0, observed)
-    variances = [f.v * max(-math.expm1(x), f.miss_floor) ** f.gamma for x in old]
-    return reference.kalman_varying(z, f.q, variances, f.p0, observed)
-
-
 def test_every_causal_filter_is_tested_here():
     assert {name.removesuffix("_p0") for name in CAUSAL} == set(FILTERS) - {"sequence_mean"}
 
@@ -77,7 +58,7 @@ def test_every_causal_filter_is_tested_here():
 def test_equals_the_plain_recursion_at_the_edges_of_blocks(name, length):
     z, old = noise_like(length, 1, length), old_log_probs_like(length, 1, length)
     got = CAUSAL[name](z, torch.ones(1, length, dtype=torch.bool), old)[0]
-    want = plain(name, CAUSAL[name], z[0].tolist(), old[0].tolist())
+    want = reference.filtered(name, CAUSAL[name], z[0].tolist(), old[0].tolist())
     assert torch.allclose(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-11)
 
 
@@ -94,7 +75,7 @@ def test_gaps_padding_causality_and_the_batch(name, observed, left, right, seed)
     ratio_filter, length = CAUSAL[name], len(observed)
     first = observed.index(True)
     z, old = noise_like(seed, length), old_log_probs_like(seed, length)
-    truth = plain(name, ratio_filter, z[first:].tolist(), old[first:].tolist(), observed[first:])
+    truth = reference.filtered(name, ratio_filter, z[first:].tolist(), old[first:].tolist(), observed[first:])
     want = torch.tensor([0.0] * first + truth, dtype=torch.float64) * torch.tensor(observed)
 
     width = left + length + right

@@ -1,0 +1,404 @@
+"""benchmarks/gpu.py: one part's end is not another's, what was measured is kept, and the parts can fail."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+BENCHMARKS = REPOSITORY / "benchmarks"
+sys.path.append(str(BENCHMARKS))  # at the end: its names are plain ones
+
+import gpu_bundle  # noqa: E402
+from gpu import PARTS, main, read_results, shown, tables  # noqa: E402
+from gpu_parts import Setting, attention, composed, costs, numerics, runs  # noqa: E402
+
+from kpo_cli.policy.memory import MemoryPlan  # noqa: E402
+
+FAKE = """
+import os, sys, time
+from pathlib import Path
+
+from gpu import Part, main
+
+NAMES = "env good raises aborts quits hangs leaves last"
+
+
+def env(setting):
+    if "FORKS_FAIL" in os.environ and "--fresh-child" not in sys.argv:
+        raise RuntimeError("no fork can do this")
+    yield {"leads its group": str(os.getpid() == os.getpgid(0))}
+
+
+def good(setting):
+    yield {"one": 1, "half": 0.5}
+    yield {"text": "a | b", "seconds": setting.seconds}
+
+
+def raises(setting):
+    yield {"before": 1}
+    raise ValueError("first line\\nof two")
+
+
+def aborts(setting):
+    yield {"before": 2}
+    print("on its way out", file=sys.stderr)
+    os.abort()
+
+
+def quits(setting):
+    yield {"before": 3}
+    os._exit(7)
+
+
+def hangs(setting):
+    yield {"before": 4}
+    if os.fork() == 0:
+        time.sleep(8)
+        Path(os.environ["TRACE"]).write_text("a child of a part outlived it")
+    time.sleep(60)
+
+
+def leaves(setting):
+    raise SystemExit("by another door")
+    yield
+
+
+def last(setting):
+    time.sleep(6)  # the child of `hangs` would have written by now
+    yield {"reached": 1}
+
+
+if __name__ == "__main__":
+    parts = [Part(name, f"{name}?", f"parts:{name}", 4 if name == "hangs" else 90) for name in NAMES.split()]
+    parts = [Part(p.name, p.question, p.function, p.seconds, small_seconds=p.seconds) for p in parts]
+    sys.exit(main(parts=parts))
+"""
+Rows = dict[str, dict[str, Any]]
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Callable[..., tuple[Rows, subprocess.CompletedProcess[str]]]:
+    """The runner with parts of our own, in a process of its own; their lines by name, and how it went."""
+    script = tmp_path / "parts.py"
+    script.write_text(FAKE)
+
+    def run(*arguments: str, **variables: str) -> tuple[Rows, subprocess.CompletedProcess[str]]:
+        paths = os.pathsep.join([str(tmp_path), str(BENCHMARKS), str(REPOSITORY / "src")])
+        known = {"PYTHONPATH": paths, "TRACE": str(tmp_path / "trace"), "OUT": str(tmp_path / "out")}
+        done = subprocess.run(
+            [sys.executable, str(script), "--device", "cpu", "--small", *arguments],
+            env={**os.environ, **known, **variables},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        lines = (tmp_path / "out/results.jsonl").read_text().splitlines()
+        return {row["part"]: row for row in map(json.loads, lines)}, done
+
+    return run
+
+
+def test_a_part_that_fails_aborts_or_hangs_ends_alone(fake, tmp_path: Path):
+    rows, done = fake()
+    failed = dict.fromkeys(("raises", "aborts", "quits", "leaves"), "failed")
+    statuses = {"hangs": "timeout", **dict.fromkeys(("env", "good", "last"), "ok"), **failed}
+    assert {name: row["status"] for name, row in rows.items()} == statuses
+    assert done.returncode == 5
+    assert rows["env"]["numbers"] == {"leads its group": "True"}
+    assert rows["good"]["numbers"] == {"one": 1, "half": 0.5, "text": "a | b", "seconds": 90}
+    before = [rows[name]["numbers"]["before"] for name in ("raises", "aborts", "quits", "hangs")]
+    assert before == [1, 2, 3, 4], "what was measured is kept, whatever the end"
+    assert rows["raises"]["reason"] == "ValueError: first line"
+    assert rows["aborts"]["reason"] == "killed by SIGABRT; the last line in log.txt: on its way out"
+    assert rows["quits"]["reason"].startswith("exit status 7")
+    assert rows["hangs"]["reason"] == "stopped after 4 s"
+    assert rows["hangs"]["seconds"] < 20
+    assert not (tmp_path / "trace").exists()
+    assert "| good | text | a \\| b |" in done.stdout
+    assert (tmp_path / "out/table.md").read_text().strip() in done.stdout
+    assert "on its way out" in (tmp_path / "out/log.txt").read_text()
+
+
+def test_where_no_fork_works_new_interpreters_do(fake):
+    rows, done = fake("--only", "env,good,aborts", FORKS_FAIL="1")
+    assert {name: row["status"] for name, row in rows.items()} == {"env": "ok", "good": "ok", "aborts": "failed"}
+    assert rows["good"]["numbers"]["seconds"] == 90
+    assert done.returncode == 1
+
+
+def test_a_part_that_no_longer_fits_says_no_time(fake):
+    rows, done = fake("--only", "good,hangs", "--budget", "44")
+    assert rows["good"]["status"] == "skipped"
+    assert rows["good"]["reason"].startswith("no time")
+    assert rows["hangs"]["status"] == "timeout", "one that fits is still run"
+    assert done.returncode == 1
+
+
+def test_the_real_script_on_a_cpu_and_its_table(tmp_path: Path):
+    only = "env,log_probs,filters,backends,varlen,memory"
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--small", "--only", only]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "OUT": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_results(tmp_path / "results.jsonl")
+    assert [row["part"] for row in rows] == only.split(",")
+    for row in rows:
+        assert (row["status"], row["small"]) == ("ok", True)
+        assert row["device"].startswith("cpu"), "a CPU's numbers bear its name"
+        assert row["versions"]["torch"] == torch.__version__
+        assert row["numbers"]
+    # What a CPU does not have is not measured there, and nothing else says so.
+    silent = {row["part"] for row in rows if any("not measured" in str(v) for v in row["numbers"].values())}
+    assert silent == {"env", "filters", "varlen", "memory"}
+    again = subprocess.run([*command[:2], "--table", str(tmp_path / "results.jsonl")], capture_output=True, text=True)
+    assert again.stdout.strip() in done.stdout
+
+
+def test_the_limits_of_all_parts_fit_into_five_minutes():
+    assert sum(part.seconds for part in PARTS) <= 300
+    assert len({part.name for part in PARTS}) == len(PARTS)
+    assert [part.name for part in PARTS if part.takes_the_rest] == [PARTS[-1].name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "env,stp"], "no part stp; there are: env, on_policy"),
+        (["--device", "cpu"], "--device cpu goes with --small"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_gpu_a_part_says_so(fake):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    rows, done = fake("--device", "cuda", "--only", "good")
+    assert rows["good"]["status"] == "failed"
+    assert "torch sees no GPU" in rows["good"]["reason"]
+    assert done.returncode == 1
+
+
+def test_the_table_shows_the_newest_line_of_a_part(tmp_path: Path):
+    row = {"part": "step", "device": "GPU", "small": False, "status": "ok", "reason": "", "seconds": 1.0, "numbers": {}}
+    other = row | {"device": "cpu", "small": True, "numbers": {"x": 1}}
+    file = tmp_path / "results.jsonl"
+    file.write_text("\n".join(json.dumps(r) for r in (row | {"numbers": {"x": 1}}, other, row | {"numbers": {"x": 2}})))
+    lines = tables(read_results(file), PARTS).splitlines()
+    assert [line for line in lines if "| x |" in line] == ["| step | x | 2 |", "| step | x | 1 |"]
+    assert [shown(v) for v in (0.12345678, 123456.7, 12, "text", float("nan"))] == [
+        *("0.1235", "123,457", "12", "text", "nan")
+    ]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Setting:
+    return Setting("cpu", True, 60.0, tmp_path)
+
+
+def test_varlen_would_see_another_alignment(small, monkeypatch):
+    list(attention.varlen(small))
+    own = attention._band
+    monkeypatch.setattr(attention, "_band", lambda n, window, device: own(n, window, device).roll(1, 0))
+    with pytest.raises(AssertionError, match="one sequence at a time, causal: off by"):
+        list(attention.varlen(small))
+
+
+def test_varlen_would_see_a_wrong_bucket(small, monkeypatch):
+    own = attention.packed_attention
+    monkeypatch.setattr(attention, "packed_attention", lambda q, k, v, p, window, scale: own(q, k, v, p, None, scale))
+    with pytest.raises(AssertionError, match="buckets, window of 4: off by"):
+        list(attention.varlen(small))
+
+
+def test_on_policy_would_see_a_policy_that_is_not_the_same_twice(small, monkeypatch):
+    """Old log-probs that differ in their last bits, as those of another plan of attention do."""
+    own = numerics.Updater._old_log_probs
+    nudged = lambda self, batch, rows: own(self, batch, rows) * (1 + 1e-7)  # noqa: E731
+    monkeypatch.setattr(numerics.Updater, "_old_log_probs", nudged)
+    with pytest.raises(AssertionError, match=r"float32, packed: \|z\| up to"):
+        list(numerics.on_policy(small))
+
+
+def test_layouts_would_see_a_row_of_another_prompt(small, monkeypatch):
+    class Wrong(numerics.Scorer):
+        def __call__(self, batch, entropy_gradient=False):
+            other = (batch.prompt_ids + (batch.prompt_index == 1).long()[:, None]) % 256
+            return super().__call__(replace(batch, prompt_ids=other), entropy_gradient)
+
+    monkeypatch.setattr(numerics, "Scorer", Wrong)
+    with pytest.raises(AssertionError, match=r"float32, packed: off by .* bfloat16, padded: off by"):
+        list(numerics.layouts(small))
+
+
+def test_log_probs_and_filters_would_see_an_error(small, monkeypatch):
+    own = numerics.linear_log_probs
+    monkeypatch.setattr(numerics, "linear_log_probs", lambda h, *a, **k: own(h * (1 + 1e-3), *a, **k))
+    with pytest.raises(AssertionError, match="float32 log-prob: off by"):
+        list(numerics.log_probs(small))
+    ema = numerics.FILTERS["ema"]
+    monkeypatch.setitem(numerics.FILTERS, "ema", lambda: lambda z, m, old: ema()(z, m, old) + 1e-6)
+    with pytest.raises((AssertionError, AttributeError), match=r"ema|gain"):
+        list(numerics.filters(small))
+
+
+def test_the_difference_of_two_runs(tmp_path: Path):
+    for name, rows in (("a", [{"step": 1, "x": 1.0, "time_step": 1}]), ("b", [{"step": 1, "x": 1.5, "time_step": 2}])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 2, "x"')
+    assert runs.difference(tmp_path / "a", tmp_path / "a") == 0
+    assert runs.difference(tmp_path / "a", tmp_path / "b") == pytest.approx(1 / 3)
+
+
+def test_the_bundle_refuses_what_may_not_install_there(tmp_path: Path):
+    names = {name.replace("-", "_") for name in gpu_bundle.WHEELS}
+    for name in names:
+        (tmp_path / f"{name}-1.0-py3-none-any.whl").touch()
+    assert gpu_bundle.check(tmp_path) is None
+    (tmp_path / "more-1.0-py2.py3-none-any.whl").touch()
+    assert gpu_bundle.check(tmp_path) is None
+    (tmp_path / "xxhash-4.1-cp311-cp311-manylinux_2_28_x86_64.whl").touch()
+    assert "xxhash-4.1-cp311" in str(gpu_bundle.check(tmp_path))
+    (tmp_path / "xxhash-4.1-cp311-cp311-manylinux_2_28_x86_64.whl").unlink()
+    (tmp_path / "omegaconf-1.0-py3-none-any.whl").unlink()
+    assert gpu_bundle.check(tmp_path) == "no wheel of omegaconf"
+
+
+def test_what_stays_behind_is_not_imported_where_it_is_not_needed():
+    """The bundle leaves out `datasets`: every import of it and of vLLM stands inside the function that needs it."""
+    late = "datasets|vllm|peft|numba|triton|pandas|dill|multiprocess|xxhash"
+    eager = re.compile(rf"^(import|from) ({late})\b", re.MULTILINE)
+    assert [path for path in (REPOSITORY / "src").rglob("*.py") if eager.search(path.read_text())] == []
+
+
+class SaysItIsAGpu(Setting):
+    """A CPU that takes the branches of a GPU, so that a slip in them is found without one."""
+
+    @property
+    def cuda(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def pretending(tmp_path: Path) -> Setting:
+    return SaysItIsAGpu("cpu", True, 60.0, tmp_path)
+
+
+def every(numbers: Any) -> dict[str, Any]:
+    return {name: value for some in numbers for name, value in some.items()}
+
+
+def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert is_causal
+    return varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0))
+
+
+def varlen_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    """As torch documents it: sequences end to end, the causal diagonal at the bottom right of each."""
+    assert {cu_seq_q.dtype, cu_seq_k.dtype} == {torch.int32}
+    assert window_size[1] == 0
+    assert {t.dtype for t in (query, key, value)} == {torch.bfloat16}
+    queries, keys = cu_seq_q.tolist(), cu_seq_k.tolist()
+    assert (max_q, max_k) == (max(map(int.__rsub__, queries, queries[1:])), max(map(int.__rsub__, keys, keys[1:])))
+    out = []
+    for i in range(len(queries) - 1):
+        q, k, v = query[queries[i] : queries[i + 1]], key[keys[i] : keys[i + 1]], value[keys[i] : keys[i + 1]]
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * q.shape[-1] ** -0.5
+        back = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+        seen = (back >= 0) & ((back <= window_size[0]) if window_size[0] >= 0 else True)
+        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v.float()))
+    return torch.cat(out).to(query.dtype)
+
+
+def varlen_2_13(
+    *arguments, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False, seqused_k=None, num_splits=None
+):
+    assert enable_gqa
+    return varlen_2_11(*arguments, window_size=window_size)
+
+
+@pytest.mark.parametrize("installed", [varlen_2_11, varlen_2_13])
+def test_varlen_is_called_as_the_installed_torch_wants_it(pretending, installed, monkeypatch):
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(module, "varlen_attn", installed)
+    found = every(attention.varlen(pretending))
+    assert 0 < found["varlen, causal: error of values"] < 0.01
+    assert 0 < found["varlen, window of 4: of q, k, v gradients"] < 0.01
+    assert found["window of 4: varlen / buckets, time"] > 0
+
+
+def test_varlen_of_a_torch_without_windows_is_causal_alone(pretending, monkeypatch):
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(module, "varlen_attn", varlen_2_10)
+    with pytest.raises(NotImplementedError, match="has no window"):
+        list(attention.varlen(pretending))
+
+
+def test_the_branches_of_a_gpu_have_no_slip(pretending, monkeypatch):
+    monkeypatch.setattr(costs, "planned", lambda *_: MemoryPlan(1, 2**30, 0, 0, 0, 2**40, "cuda"))
+    found = every(costs.memory(pretending))
+    name = "tiny, 256 tokens, recompute, offload"
+    assert found[f"{name}: planned, GiB"] == 1
+    assert found[f"{name}: measured / planned"] == found[f"{name}: measured, GiB"] > 0
+    monkeypatch.setattr(costs, "planned", lambda *_: MemoryPlan(1, 2**20, 0, 0, 0, 2**40, "cuda"))
+    with pytest.raises(AssertionError, match=r"GiB where 0\.0 are planned"):
+        list(costs.memory(pretending))
+    found = every(costs.step(pretending))
+    assert found["MFU is of"] == costs.MEASURED_PEAK[1]
+    assert found["tiny, kpo: MFU step"] > 0
+    assert found["tiny, grpo: peak, GiB"] > 0
+    assert any("cuDNN alone" in name for name in every(attention.backends(pretending)))
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-9])
+def test_triton_is_held_against_torch(pretending, off, monkeypatch):
+    monkeypatch.setattr(numerics, "_triton_kernel", object)
+    monkeypatch.setattr(numerics, "launch_triton", lambda kernel, *rows: numerics.saturated_scan_torch(*rows) + off)
+    if off:
+        with pytest.raises(AssertionError, match="Triton differs from torch by 1e-09"):
+            list(numerics.filters(pretending))
+    else:
+        found = every(numerics.filters(pretending))
+        assert found["robust, Triton - torch"] == 0
+        assert found["robust, Triton, ms"] > 0
+
+
+def test_the_layouts_of_a_gpu_are_compared_under_tf32_too(pretending):
+    found = every(numerics.layouts(pretending))
+    assert found["float32 with TF32: packed - padded, nats"] < 1e-5
+
+
+@pytest.mark.parametrize("seconds", [60.0, 500.0])
+def test_what_the_long_run_asks_for_is_a_configuration(seconds, tmp_path, monkeypatch):
+    """On a GPU: cut down where there is little time, else the experiment as it is."""
+    asked: list[str] = []
+
+    def launched(*arguments: str) -> subprocess.Popen[bytes]:
+        asked.extend(arguments)
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(runs, "launch", launched)
+    found = every(runs.long(Setting("cpu", False, seconds, tmp_path)))
+    config = composed(*(argument for argument in asked if not argument.startswith("run_dir=")))
+    whole = seconds > runs.WHOLE
+    assert config.trainer.stop_after == seconds - 25
+    assert config.trainer.supervised.steps == (4000 if whole else 70)
+    assert config.rollout.max_response_tokens == (2048 if whole else 512)
+    assert ("cut down to the time there is" in found) is not whole
+    assert found["RL steps"] == 0
