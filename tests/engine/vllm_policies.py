@@ -41,8 +41,8 @@ def bare(model):
 
 
 @contextmanager
-def started(policy, max_length: int = 400, **options) -> Iterator[VLLMEngine]:
-    engine = VLLMEngine(policy, max_length=max_length, options=options)
+def started(policy, max_length: int = 400, float32_logits: bool = False, **options) -> Iterator[VLLMEngine]:
+    engine = VLLMEngine(policy, max_length=max_length, options=options, float32_logits=float32_logits)
     try:
         yield engine
     finally:

@@ -198,11 +198,10 @@ def test_each_limit_holds_by_itself(limits, half, gpu):
         "largest": [0.0] * 10**6 + [1.05 * limits.largest],
         "k3": [0.0] * 99 + [math.sqrt(2 * 100 * 1.3 * limits.k3)],
     }
-    for name, gaps in over.items():
+    for gaps in over.values():
         if math.isfinite(gaps[-1]):
             with pytest.raises(SamplingFailed, match="does not serve the policy"):
                 judged(gaps)
-        assert name in limits.__dict__
 
 
 @pytest.mark.parametrize(("prompts", "samples"), [(1, 3), (3, 1), (32, 8), (RESPONSES, 2)])
@@ -309,24 +308,15 @@ def test_versions_outside_the_tested_range_are_named(version, warns):
 @pytest.mark.parametrize(
     ("text", "hints"),
     [
-        (
-            "CUDA out of memory. Tried to allocate",
-            "a smaller gpu_memory_utilization, max_num_seqs, offload_optimizer=always",
-        ),
-        (
-            "Free memory on device cuda:0 (3/80 GiB) on startup is less than desired GPU memory",
-            "a smaller gpu_memory_u",
-        ),
-        (
-            "Available memory on node 0 (1/2 GiB) on kv cache allocation is less than requested memory for kv",
-            "a smaller",
-        ),
+        ("CUDA out of memory. Tried to allocate", "a smaller gpu_memory_utilization, offload_optimizer=always"),
+        ("Free memory on cuda:0 (3/80 GiB) on startup is less than desired GPU memory", "a smaller gpu_memory_u"),
+        ("Available memory on kv cache allocation is less than requested memory for kv", "a smaller, max_num_seqs"),
         (
             "No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
             "trainer.offload_optimizer=sampling, rollout.max_response_tokens, a larger gpu_memory_utilization",
         ),
         (
-            "To serve at least one request with max seq len 4096, 2.0 GiB KV cache is needed, larger than the available",
+            "To serve at least one request 2.0 GiB KV cache is needed, which is larger than the available",
             "eval.max_tokens, a larger gpu_memory_utilization",
         ),
         ("Failed to find C compiler. Please specify via CC", "install a C++ compiler"),

@@ -114,7 +114,7 @@ def test_only_an_optimizer_that_was_asked_to_leaves_the_device(meta_to_host):
 
 @pytest.mark.parametrize("kind", [SamplingAdamW, HostAdamW])
 def test_a_checkpoint_is_loaded_past_the_device(kind, meta_to_host):
-    """An engine may have all of it. On the meta device the load of torch itself shows: it would leave nothing on a CPU."""
+    """An engine may have all of it. The plain one shows that the meta device would be seen to be used."""
     here = parameters()[:1]
     saved = torch.optim.AdamW(here, **SETTINGS)
     learn(saved, here, 2)
