@@ -255,8 +255,8 @@ def model_folder(model: Any) -> Iterator[Path]:
     config.architectures = [type(model).__name__]  # missing where the model came from no file
     text = config.to_json_string(use_diff=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = _placed(home / "kpo" / "engine" / name, text)
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         with tempfile.TemporaryDirectory(prefix="kpo-vllm-") as temporary:
