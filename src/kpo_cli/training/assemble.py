@@ -9,7 +9,7 @@ import torch
 from kpo_cli.config import PeriodicEvalConfig, RolloutConfig, TrainConfig
 from kpo_cli.core import MaskedImportance, Objective, ReferenceKL, TruncatedImportance, build_objective
 from kpo_cli.data.load import ProblemSets
-from kpo_cli.data.prompts import PromptBuilder
+from kpo_cli.data.prompts import Prompt, PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import load_benchmarks
 from kpo_cli.policy.load import Policy, choose_device, load_policy, share_threads
@@ -46,15 +46,7 @@ def assemble(
     builder = PromptBuilder(policy.tokenizer, config.model, config.data)
     train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
     heldout, heldout_dropped = builder.build_all(problems.heldout, rollout.max_prompt_tokens, "held-out")
-    benchmarks = {}
-    for benchmark in load_benchmarks(trainer.eval.benchmarks, config.known, trainer.eval.data_dir):
-        prompts, too_long = builder.build_all(benchmark.problems, rollout.max_prompt_tokens, benchmark.name)
-        if too_long:
-            raise UserError(
-                f"{benchmark.name}: {too_long} prompts are longer than rollout.max_prompt_tokens="
-                f"{rollout.max_prompt_tokens}, and no problem of a benchmark may be left out; raise it"
-            )
-        benchmarks[benchmark.name] = prompts
+    benchmarks = _benchmark_prompts(config, builder)
     if len(train_prompts) < trainer.prompts_per_step:
         raise UserError(
             f"trainer.prompts_per_step={trainer.prompts_per_step} but there are only {len(train_prompts)} training "
@@ -88,6 +80,20 @@ def assemble(
     )
     notes = notes_of(job, problems.overlap, problems.duplicates, dropped + heldout_dropped)
     return job, progress, [*note, *offload_notes, *engine_notes, *notes]
+
+
+def _benchmark_prompts(config: TrainConfig, builder: PromptBuilder) -> dict[str, list[Prompt]]:
+    chosen, longest = config.trainer.eval, config.rollout.max_prompt_tokens
+    benchmarks = {}
+    for benchmark in load_benchmarks(chosen.benchmarks, config.known, chosen.data_dir):
+        prompts, too_long = builder.build_all(benchmark.problems, longest, benchmark.name)
+        if too_long:
+            raise UserError(
+                f"{benchmark.name}: {too_long} prompts are longer than rollout.max_prompt_tokens={longest}, and no "
+                f"problem of a benchmark may be left out; raise it"
+            )
+        benchmarks[benchmark.name] = prompts
+    return benchmarks
 
 
 def _beginning(config: TrainConfig) -> Progress:
