@@ -13,13 +13,16 @@ from small_runs import raw_config
 from kpo_cli.config import as_dict, train_config
 from kpo_cli.core import TruncatedImportance
 from kpo_cli.errors import RunStopped, SamplingFailed, UserError
+from kpo_cli.evaluation import main as evaluating
+from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.response import Response
 from kpo_cli.rollout import VLLMSampler
 from kpo_cli.rollout import engine as engines
-from kpo_cli.rollout.check import BFLOAT16, FLOAT32, FLOAT32_GPU, RESPONSES, SamplerCheck, spread
+from kpo_cli.rollout.check import BFLOAT16, FIRST_TOKENS, FLOAT32, FLOAT32_GPU, RESPONSES, SamplerCheck, spread
 from kpo_cli.rollout.engine import Request, choose_engine, way_out
-from kpo_cli.rollout.room import GIB
+from kpo_cli.rollout.room import GIB, check_bytes
 from kpo_cli.rollout.vllm import request_seed
+from kpo_cli.training import sampler as samplers
 from kpo_cli.training.assemble import make_objective
 from kpo_cli.training.check import changed_config
 from kpo_cli.training.display import Display
@@ -119,6 +122,49 @@ def test_memory_is_given_back_after_a_failure_too():
     assert engine.calls == ["push", "sleep"]
     with pytest.raises(SamplingFailed, match="giving back the memory with vLLM failed twice: sleep broke badly"):
         sampler(FakeEngine(failures=2)).release()
+
+
+def test_the_engine_sleeps_while_the_trainer_scores_at_the_start(monkeypatch):
+    """The trainer's forward pass needs memory, of which the engine has taken all that was left."""
+    engine = FakeEngine()
+    engine.notes = ["a note"]
+    settings = {}
+    monkeypatch.setattr(samplers, "VLLMEngine", lambda policy, **given: settings.update(given) or engine)
+    score = lambda prompt, ids: engine.calls.append("score") or torch.tensor([-1.0])  # noqa: E731
+    monkeypatch.setattr(samplers, "trainer_score", lambda scorer: score)
+    config = train_config(compose("rollout=vllm"))
+    for device, packed, float32 in (("cpu", True, False), ("cuda", True, True), ("cuda", False, False)):
+        policy = SimpleNamespace(dtype="bfloat16", stop_ids=[1], model=SimpleNamespace(device=torch.device(device)))
+        scorer = SimpleNamespace(packed=packed)
+        _, check, notes = samplers.make_sampler(config, policy, scorer, [[1], [2]], None, None, 77)
+        assert engine.calls == ["generate", "sleep", "score", "score"]
+        assert settings["reserved"] == 77
+        assert settings["float32_logits"] is float32  # where the trainer's own are
+        assert check.half
+        assert check.gpu is (device == "cuda")
+        assert notes[0] == "a note"
+        engine.calls.clear()
+
+
+def test_an_evaluations_engine_leaves_room_for_its_check(monkeypatch):
+    model = load_policy(train_config(compose()).model).model
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=model.config)
+    policy = SimpleNamespace(dtype="bfloat16", stop_ids=[1], model=on_gpu)
+    prompts = {"b": [SimpleNamespace(token_ids=[1] * length) for length in (3, 70, 9)]}
+    config = SimpleNamespace(eval=SimpleNamespace(rollout="vllm", max_tokens=500, engine=None), seed=0)
+    given = {}
+
+    def starting(policy, **settings):
+        given.update(settings)
+        raise UserError("so far")
+
+    monkeypatch.setattr(evaluating, "VLLMEngine", starting)
+    item = SimpleNamespace(policy=policy, prompts=prompts)
+    with pytest.raises(UserError, match="so far"), evaluating._engine(item, [SimpleNamespace(name="b")], config, None):
+        pass
+    assert given["reserved"] == check_bytes(model.config, 70 + FIRST_TOKENS, True) > 0
+    assert given["max_length"] == 570
+    assert given["float32_logits"] is True
 
 
 @pytest.mark.parametrize(
