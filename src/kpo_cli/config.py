@@ -24,7 +24,7 @@ ANSWER_STYLES = ("plain", "hash", "boxed")
 ENGINES = ("auto", "hf", "vllm")
 CORRECTIONS = ("auto", "none", "truncate", "mask")
 OLD_LOG_PROBS = ("auto", "trainer")
-OFFLOADS = ("none", "sampling", "always")
+OFFLOADS = ("auto", "none", "sampling", "always")
 ENGINE_OWN = (
     *("model", "tokenizer", "skip_tokenizer_init", "dtype", "quantization", "load_format", "max_model_len", "seed"),
     *("runner", "generation_config", "logprobs_mode", "enable_sleep_mode", "enable_chunked_prefill"),

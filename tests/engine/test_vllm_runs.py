@@ -20,7 +20,7 @@ SIZE = [
     *("trainer.prompts_per_step=32", "trainer.group_size=8", "trainer.mini_batches=4"),
     *("rollout.max_response_tokens=96", "data.limit=512", "data.heldout=100"),
 ]
-ENGINE_KEYS = {"sampler_gap_mean", "sampler_gap_max", "correction_weight", "correction_cut_fraction"}
+ENGINE_KEYS = {"sampler_gap_mean", "sampler_gap_max", "sampler_gap_k3", "correction_weight", "correction_cut_fraction"}
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +183,7 @@ def test_a_model_whose_heads_the_engine_lacks_is_refused_before_anything_is_made
 def test_what_vllm_refuses_is_one_line(tmp_path):
     for engine, hint in (
         ("{no_such_argument: 1}", "rollout.engine (kpo eval: eval.engine) takes arguments of vllm.LLM"),
-        ("{kv_cache_memory_bytes: 1000}", "change its share"),
+        ("{kv_cache_memory_bytes: 1000}", "kv_cache_memory_bytes on a CPU"),
     ):
         with pytest.raises(UserError, match="vLLM cannot run this model") as caught:
             train(tmp_path / "run", "rollout=vllm", f"rollout.engine={engine}")

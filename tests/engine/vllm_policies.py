@@ -41,8 +41,8 @@ def bare(model):
 
 
 @contextmanager
-def started(policy, max_length: int = 400, **options) -> Iterator[VLLMEngine]:
-    engine = VLLMEngine(policy, max_length=max_length, options=options)
+def started(policy, max_length: int = 400, float32_logits: bool = False, **options) -> Iterator[VLLMEngine]:
+    engine = VLLMEngine(policy, max_length=max_length, options=options, float32_logits=float32_logits)
     try:
         yield engine
     finally:
@@ -55,7 +55,7 @@ def sampler_of(engine, stop_ids, **changes) -> VLLMSampler:
 
 
 def check_of(policy, temperature: float = 0.7) -> SamplerCheck:
-    return SamplerCheck(model_score(policy.model, temperature), policy.dtype == "bfloat16")
+    return SamplerCheck(model_score(policy, temperature), policy.dtype == "bfloat16")
 
 
 def prompts_of(policy, count: int = 6) -> list[list[int]]:
@@ -69,7 +69,7 @@ def prompts_of(policy, count: int = 6) -> list[list[int]]:
 
 def gaps(policy, prompts, groups, temperature: float = 0.7) -> torch.Tensor:
     """|engine - transformers| for every sampled token."""
-    score = model_score(policy.model, temperature)
+    score = model_score(policy, temperature)
     return torch.cat(
         [
             (score(prompt, response.token_ids) - torch.tensor(response.log_probs)).abs()

@@ -1,6 +1,7 @@
 """The sampling engine without the engine: options, error lines, retries, and what the sampler asks of it."""
 
 import builtins
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +13,16 @@ from small_runs import raw_config
 from kpo_cli.config import as_dict, train_config
 from kpo_cli.core import TruncatedImportance
 from kpo_cli.errors import RunStopped, SamplingFailed, UserError
+from kpo_cli.evaluation import main as evaluating
+from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.response import Response
 from kpo_cli.rollout import VLLMSampler
 from kpo_cli.rollout import engine as engines
-from kpo_cli.rollout.check import BFLOAT16_MEAN, FLOAT32_MAX, RESPONSES, SamplerCheck, spread
+from kpo_cli.rollout.check import BFLOAT16, FIRST_TOKENS, FLOAT32, FLOAT32_GPU, RESPONSES, SamplerCheck, spread
 from kpo_cli.rollout.engine import Request, choose_engine, way_out
+from kpo_cli.rollout.room import GIB, check_bytes
 from kpo_cli.rollout.vllm import request_seed
+from kpo_cli.training import sampler as samplers
 from kpo_cli.training.assemble import make_objective
 from kpo_cli.training.check import changed_config
 from kpo_cli.training.display import Display
@@ -106,7 +111,7 @@ def test_a_failure_is_tried_once_more():
 
 
 def test_memory_is_given_back_after_a_failure_too():
-    """Else the optimizer's state, in host memory meanwhile, would have no room to come back to before it is saved."""
+    """Else the next attempt to save, or to learn, would have none."""
     engine = FakeEngine()
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     job = SimpleNamespace(
@@ -117,6 +122,49 @@ def test_memory_is_given_back_after_a_failure_too():
     assert engine.calls == ["push", "sleep"]
     with pytest.raises(SamplingFailed, match="giving back the memory with vLLM failed twice: sleep broke badly"):
         sampler(FakeEngine(failures=2)).release()
+
+
+def test_the_engine_sleeps_while_the_trainer_scores_at_the_start(monkeypatch):
+    """The trainer's forward pass needs memory, of which the engine has taken all that was left."""
+    engine = FakeEngine()
+    engine.notes = ["a note"]
+    settings = {}
+    monkeypatch.setattr(samplers, "VLLMEngine", lambda policy, **given: settings.update(given) or engine)
+    score = lambda prompt, ids: engine.calls.append("score") or torch.tensor([-1.0])  # noqa: E731
+    monkeypatch.setattr(samplers, "trainer_score", lambda scorer: score)
+    config = train_config(compose("rollout=vllm"))
+    for device, packed, float32 in (("cpu", True, False), ("cuda", True, True), ("cuda", False, False)):
+        policy = SimpleNamespace(dtype="bfloat16", stop_ids=[1], model=SimpleNamespace(device=torch.device(device)))
+        scorer = SimpleNamespace(packed=packed)
+        _, check, notes = samplers.make_sampler(config, policy, scorer, [[1], [2]], None, None, 77)
+        assert engine.calls == ["generate", "sleep", "score", "score"]
+        assert settings["reserved"] == 77
+        assert settings["float32_logits"] is float32  # where the trainer's own are
+        assert check.half
+        assert check.gpu is (device == "cuda")
+        assert notes[0] == "a note"
+        engine.calls.clear()
+
+
+def test_an_evaluations_engine_leaves_room_for_its_check(monkeypatch):
+    model = load_policy(train_config(compose()).model).model
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=model.config)
+    policy = SimpleNamespace(dtype="bfloat16", stop_ids=[1], model=on_gpu)
+    prompts = {"b": [SimpleNamespace(token_ids=[1] * length) for length in (3, 70, 9)]}
+    config = SimpleNamespace(eval=SimpleNamespace(rollout="vllm", max_tokens=500, engine=None), seed=0)
+    given = {}
+
+    def starting(policy, **settings):
+        given.update(settings)
+        raise UserError("so far")
+
+    monkeypatch.setattr(evaluating, "VLLMEngine", starting)
+    item = SimpleNamespace(policy=policy, prompts=prompts)
+    with pytest.raises(UserError, match="so far"), evaluating._engine(item, [SimpleNamespace(name="b")], config, None):
+        pass
+    assert given["reserved"] == check_bytes(model.config, 70 + FIRST_TOKENS, True) > 0
+    assert given["max_length"] == 570
+    assert given["float32_logits"] is True
 
 
 @pytest.mark.parametrize(
@@ -157,24 +205,49 @@ def test_temperatures_that_vllm_would_change_are_refused():
         sampler(FakeEngine(), temperature=0.001)
 
 
-def check(gap, half=False):
+def check(gap, half=False, gpu=False):
     """A check whose trainer differs by `gap` from responses of two tokens with log-probability -1."""
-    return SamplerCheck(lambda prompt, ids: torch.tensor([-1.0, -1.0 + gap]), half)
+    return SamplerCheck(lambda prompt, ids: torch.tensor([-1.0, -1.0 + gap]), half, gpu)
 
 
 def test_the_check_measures_and_judges():
     prompts, groups = [[1], [2]], [[Response([3, 4], [-1.0, -1.0], True)]] * 2
-    found = check(0.008)(prompts, groups)
+    found = check(0.1, half=True)(prompts, groups)
     assert found == {
-        "sampler_gap_mean": pytest.approx(0.004, rel=1e-4),
-        "sampler_gap_max": pytest.approx(0.008, rel=1e-4),
+        "sampler_gap_mean": pytest.approx(0.05, rel=1e-4),
+        "sampler_gap_max": pytest.approx(0.1, rel=1e-4),
+        "sampler_gap_k3": pytest.approx((math.exp(0.1) - 1 - 0.1) / 2, rel=1e-4),
     }
-    for gap, half in ((1.01 * FLOAT32_MAX, False), (2.02 * BFLOAT16_MEAN, True), (float("nan"), False)):
-        with pytest.raises(
-            SamplingFailed, match=r"does not serve the policy: its log-probabilities of 4 sampled tokens"
-        ):
-            check(gap, half)(prompts, groups)
-    assert check(1.98 * BFLOAT16_MEAN, half=True)(prompts, groups)["sampler_gap_mean"] < BFLOAT16_MEAN
+    for gap in (float("nan"), 0.3):
+        for half, gpu in ((False, False), (False, True), (True, True)):
+            with pytest.raises(
+                SamplingFailed, match=r"does not serve the policy: its log-probabilities of 4 sampled tokens"
+            ):
+                check(gap, half, gpu)(prompts, groups)
+
+
+@pytest.mark.parametrize(
+    ("limits", "half", "gpu"),
+    [(FLOAT32, False, False), (FLOAT32_GPU, False, True), (BFLOAT16, True, False), (BFLOAT16, True, True)],
+)
+def test_each_limit_holds_by_itself(limits, half, gpu):
+    """One token that is far off, many that are a little off, and a few that are off by much are three things."""
+
+    def judged(gaps):
+        responses = [[Response([3] * len(gaps), [-1.0] * len(gaps), True)]]
+        return SamplerCheck(lambda prompt, ids: torch.tensor(gaps) - 1.0, half, gpu)([[1]], responses)
+
+    small = 0.5 * min(limits.mean, math.sqrt(limits.k3))
+    assert judged([small, -small] * 500)["sampler_gap_mean"] == pytest.approx(small, rel=1e-3)
+    over = {
+        "mean": [1.05 * limits.mean, -1.05 * limits.mean] * 500,
+        "largest": [0.0] * 10**6 + [1.05 * limits.largest],
+        "k3": [0.0] * 99 + [math.sqrt(2 * 100 * 1.3 * limits.k3)],
+    }
+    for gaps in over.values():
+        if math.isfinite(gaps[-1]):
+            with pytest.raises(SamplingFailed, match="does not serve the policy"):
+                judged(gaps)
 
 
 @pytest.mark.parametrize(("prompts", "samples"), [(1, 3), (3, 1), (32, 8), (RESPONSES, 2)])
@@ -279,27 +352,35 @@ def test_versions_outside_the_tested_range_are_named(version, warns):
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"),
+    ("text", "hints"),
     [
-        ("CUDA out of memory. Tried to allocate", "gpu_memory_utilization"),
-        ("Free memory on device cuda:0 (3/80 GiB) on startup is less than", "gpu_memory_utilization"),
+        ("CUDA out of memory. Tried to allocate", "a smaller gpu_memory_utilization, offload_optimizer=always"),
+        ("Free memory on cuda:0 (3/80 GiB) on startup is less than desired GPU memory", "a smaller gpu_memory_u"),
+        ("Available memory on kv cache allocation is less than requested memory for kv", "a smaller, max_num_seqs"),
+        (
+            "No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
+            "trainer.offload_optimizer=sampling, rollout.max_response_tokens, a larger gpu_memory_utilization",
+        ),
+        (
+            "To serve at least one request 2.0 GiB KV cache is needed, which is larger than the available",
+            "eval.max_tokens, a larger gpu_memory_utilization",
+        ),
         ("Failed to find C compiler. Please specify via CC", "install a C++ compiler"),
         ("EngineArgs.__init__() got an unexpected keyword argument 'x'", "takes arguments of vllm.LLM"),
         ("Model architectures ['X'] are not supported", "set rollout=hf"),
     ],
 )
-def test_every_error_of_the_engine_has_a_way_out(text, hint):
-    assert hint in way_out(text)
+def test_every_error_of_the_engine_has_a_way_out(text, hints):
+    assert all(hint in way_out(text) for hint in hints.split(", "))
     assert "rollout" in way_out(text)
 
 
 def test_the_engine_leaves_room_for_the_optimizer(monkeypatch):
-    gib = 2**30
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * gib, 80 * gib))
-    assert engines._gpu_arguments(20 * gib) == {"gpu_memory_utilization": 0.45}
-    with pytest.raises(UserError, match=r"no room beside the trainer: 60.0 GiB are free.*will take 55.0"):
-        engines._gpu_arguments(55 * gib)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * GIB, 80 * GIB))
+    assert engines._gpu_share(20 * GIB) == {"gpu_memory_utilization": 0.45}
+    with pytest.raises(UserError, match=r"no room beside the policy: 60.0 GiB are free.*55.0 are needed"):
+        engines._gpu_share(55 * GIB)
 
 
 def test_long_sampling_is_shown(monkeypatch):

@@ -22,9 +22,10 @@ from kpo_cli.evaluation.subject import Subject, find_subjects
 from kpo_cli.policy.load import Policy, context_of, share_threads
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler, Sampler, VLLMSampler
-from kpo_cli.rollout.check import RESPONSES, SamplerCheck, model_score
+from kpo_cli.rollout.check import FIRST_TOKENS, RESPONSES, SamplerCheck, model_score
 from kpo_cli.rollout.engine import VLLMEngine, choose_engine, usable_vllm
 from kpo_cli.rollout.hf import Report
+from kpo_cli.rollout.room import check_bytes
 from kpo_cli.runs.directory import RunDir, check_new, finite, make_manifest, path_of, write_text
 from kpo_cli.runs.samples import Key, Row, SampleFile, read_rows
 
@@ -175,13 +176,20 @@ def _engine(
         yield None
         return
     prompts = [prompt.token_ids for benchmark in benchmarks for prompt in item.prompts[benchmark.name]]
-    longest = max(map(len, prompts)) + config.eval.max_tokens
-    engine = VLLMEngine(item.policy, max_length=longest, options=config.eval.engine or {})
+    model, half = item.policy.model, item.policy.dtype == "bfloat16"
+    longest, gpu = max(map(len, prompts)), model.device.type == "cuda"
+    engine = VLLMEngine(
+        item.policy,
+        max_length=longest + config.eval.max_tokens,
+        options=config.eval.engine or {},
+        reserved=check_bytes(model.config.get_text_config(), longest + FIRST_TOKENS, half),
+        float32_logits=gpu,  # as in training, whose policy this is
+    )
     for note in engine.notes:
         console.print(note, markup=False)
     try:
-        check = SamplerCheck(model_score(item.policy.model, 1.0), item.policy.dtype == "bfloat16")
-        sampler = VLLMSampler(engine, stop_ids=item.policy.stop_ids, temperature=1.0, max_response_tokens=32)
+        check = SamplerCheck(model_score(item.policy, 1.0), half, gpu)
+        sampler = VLLMSampler(engine, stop_ids=item.policy.stop_ids, temperature=1.0, max_response_tokens=FIRST_TOKENS)
         first = prompts[:RESPONSES]
         check(first, sampler.sample(first, 1, (config.seed,)))
         yield engine

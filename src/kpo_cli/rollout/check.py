@@ -2,24 +2,42 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kpo_cli.errors import SamplingFailed
+from kpo_cli.policy.load import Policy
 from kpo_cli.policy.response import Response
 from kpo_cli.rollout.engine import USE_HF
+from kpo_cli.rollout.room import LOGITS_CHECKED
 
 Score = Callable[[list[int], list[int]], Tensor]
 """Log-probabilities (T,) of a response's tokens behind its prompt, from the trainer's weights."""
 
 RESPONSES = 8
 """Whole responses that are scored again, to prompts spread over the batch."""
-FLOAT32_MAX = 1e-2
-"""Allowed for every token in float32, where engines differ by about 1e-5."""
-BFLOAT16_MEAN = 0.1
-"""Allowed in the mean in bfloat16, where rounding alone stays well below it, but not for single tokens."""
+FIRST_TOKENS = 32
+"""Of each response of the check at the start."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What differences of log-probabilities (nats) may be for rounding; docs/vllm.md has the measurements."""
+
+    mean: float
+    """Of the absolute difference."""
+    largest: float
+    k3: float
+    """Of the estimate of KL(engine || trainer)."""
+
+
+FLOAT32 = Limits(mean=2e-4, largest=1e-2, k3=1e-7)
+"""On a CPU: a push that was left out once is seen, rounding is a hundred times below."""
+FLOAT32_GPU = Limits(mean=1e-2, largest=0.1, k3=1e-4)
+"""Engines were published to differ by 0.002 (root of the mean square) there."""
+BFLOAT16 = Limits(mean=0.1, largest=float("inf"), k3=5e-3)
+"""Published is 0.031, a k3 of 5e-4. Single tokens may be off by anything."""
 
 
 @dataclass(frozen=True)
@@ -27,27 +45,42 @@ class SamplerCheck:
     score: Score
     half: bool
     """The forward pass is bfloat16."""
+    gpu: bool = False
 
     def __call__(self, prompts: Sequence[list[int]], groups: Sequence[Sequence[Response]]) -> dict[str, float]:
+        """`measure`, and SamplingFailed if the differences are not rounding."""
+        found = self.measure(prompts, groups)
+        mean, largest, k3 = found.values()
+        limits = BFLOAT16 if self.half else FLOAT32_GPU if self.gpu else FLOAT32
+        # NaN compares as not allowed.
+        if not (mean <= limits.mean and largest <= limits.largest and k3 <= limits.k3):
+            tokens = sum(len(response.token_ids) for _, response in spread(prompts, groups))
+            raise SamplingFailed(
+                f"the sampling engine does not serve the policy: its log-probabilities of {tokens} sampled tokens "
+                f"differ from the trainer's by {mean:.2g} in the mean and {largest:.2g} at most, k3 {k3:.2g} (allowed: "
+                f"{limits.mean:g}, {limits.largest:g}, {limits.k3:g}); its weights are stale, or it reads the model "
+                f"differently; {USE_HF}"
+            )
+        return found
+
+    def measure(self, prompts: Sequence[list[int]], groups: Sequence[Sequence[Response]]) -> dict[str, float]:
         """Score a few of the responses (`groups[i]` are those to `prompts[i]`) again and compare.
 
-        Returns the mean and the largest absolute difference, nats; raises SamplingFailed if they are not noise.
+        Returns the mean and the largest absolute difference, and k3, in nats. k3 is the mean of r - 1 - log r with
+        r = pi / mu (http://joschu.net/blog/kl-approx.html): no term is below 0, and of samples of mu its expectation is
+        KL(mu || pi).
         """
-        gaps = [
-            (self.score(prompt, response.token_ids) - torch.tensor(response.log_probs)).abs().double()
-            for prompt, response in spread(prompts, groups)
-        ]
-        gap = torch.cat(gaps)
-        mean, largest = float(gap.mean()), float(gap.max())
-        # NaN compares as not allowed.
-        if not (mean <= BFLOAT16_MEAN if self.half else largest <= FLOAT32_MAX):
-            allowed = f"{BFLOAT16_MEAN:g} in the mean" if self.half else f"{FLOAT32_MAX:g}"
-            raise SamplingFailed(
-                f"the sampling engine does not serve the policy: its log-probabilities of {len(gap)} sampled tokens "
-                f"differ from the trainer's by {mean:.2g} in the mean and {largest:.2g} at most (allowed: {allowed}); "
-                f"its weights are stale, or it reads the model differently; {USE_HF}"
-            )
-        return {"sampler_gap_mean": mean, "sampler_gap_max": largest}
+        log_ratio = torch.cat(
+            [
+                self.score(prompt, response.token_ids).double() - torch.tensor(response.log_probs, dtype=torch.float64)
+                for prompt, response in spread(prompts, groups)
+            ]
+        )
+        return {
+            "sampler_gap_mean": float(log_ratio.abs().mean()),
+            "sampler_gap_max": float(log_ratio.abs().max()),
+            "sampler_gap_k3": float((log_ratio.expm1() - log_ratio).mean()),
+        }
 
 
 def spread(prompts: Sequence[list[int]], groups: Sequence[Sequence[Response]]) -> list[tuple[list[int], Response]]:
@@ -57,14 +90,26 @@ def spread(prompts: Sequence[list[int]], groups: Sequence[Sequence[Response]]) -
     return [(prompts[i], groups[i][-1 - n % len(groups[i])]) for n, i in enumerate(chosen)]
 
 
-def model_score(model: Any, temperature: float) -> Score:
-    """From the model's own forward pass, one response at a time."""
+def model_score(policy: Policy, temperature: float) -> Score:
+    """From the model's own forward pass, one response at a time, beside an engine that has taken all it could.
+
+    So logits are made for `LOGITS_CHECKED` tokens at a time (a longer response is read again for each such piece), and
+    no bfloat16 copy of a weight outlives its matmul, where autocast would keep all of them: `room.check_bytes`.
+    """
+    model, half = policy.model, policy.dtype == "bfloat16"
+    forward = type(model).forward  # without the autocast that the sampler's calls are wrapped in
 
     @torch.no_grad()
     def score(prompt: list[int], token_ids: list[int]) -> Tensor:
+        pieces = range(0, len(token_ids), LOGITS_CHECKED)
+        return torch.cat([piece(prompt, token_ids[: start + LOGITS_CHECKED], start) for start in pieces])
+
+    def piece(prompt: list[int], token_ids: list[int], start: int) -> Tensor:
         ids = torch.tensor([[*prompt, *token_ids]], device=model.device)
-        logits = model(input_ids=ids, logits_to_keep=len(token_ids) + 1, use_cache=False).logits[0, :-1]
+        kept = len(token_ids) - start
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            logits = forward(model, input_ids=ids, logits_to_keep=kept + 1, use_cache=False).logits[0, :-1]
         log_softmax = torch.log_softmax(logits.float() / temperature, dim=-1)
-        return log_softmax.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1).cpu()
+        return log_softmax.gather(-1, ids[0, -kept:, None]).squeeze(-1).cpu()
 
     return score

@@ -23,9 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from kpo_cli.errors import RunStopped, UserError
 from kpo_cli.runs.directory import first_line, sha256_of, write_text
+from kpo_cli.runs.formats import CHECKPOINT, unreadable
 
-FORMAT = "kpo-checkpoint-1"
-"""In state.json. A reader of another one must not guess."""
 STATE, OPTIMIZER = "trainer/state.json", "trainer/optimizer.safetensors"
 
 
@@ -102,7 +101,7 @@ def _write(
     tensors, state = _optimizer_state(optimizer)
     save_file(tensors, draft / OPTIMIZER)
     save_file(_random_states(), draft / "trainer" / "random.safetensors")
-    state |= {"format": FORMAT, **asdict(progress), "schedule": schedule}
+    state |= {"format": CHECKPOINT, **asdict(progress), "schedule": schedule}
     name, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002 - a model may draw from it
     state |= {
         "python_random": _as_lists(random.getstate()),
@@ -213,11 +212,9 @@ def resumable_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """
     found, problems = _newest(run, lambda path: is_damaged(path) or _unresumable(path))
     if found is not None:
-        written = json.loads((found / STATE).read_text()).get("format", FORMAT)  # the first ones had none
-        if written != FORMAT:
-            raise UserError(
-                f"{found} is of another version of kpo ({written}; this one reads {FORMAT}); resume with that version"
-            )
+        written = json.loads((found / STATE).read_text()).get("format", CHECKPOINT)
+        if problem := unreadable(written, CHECKPOINT):
+            raise UserError(f"{found} cannot be gone on from: {problem}")
     return found, problems
 
 

@@ -4,10 +4,12 @@ import dataclasses
 import os
 from pathlib import Path
 
+import torch
+
 from kpo_cli.config import PeriodicEvalConfig, TrainConfig
 from kpo_cli.core import MaskedImportance, Objective, ReferenceKL, TruncatedImportance, build_objective
 from kpo_cli.data.load import ProblemSets
-from kpo_cli.data.prompts import PromptBuilder
+from kpo_cli.data.prompts import Prompt, PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import load_benchmarks
 from kpo_cli.policy.load import Policy, choose_device, load_policy, share_threads
@@ -15,64 +17,97 @@ from kpo_cli.policy.lora import merge_in_forward, without_adapters
 from kpo_cli.policy.memory import max_tokens
 from kpo_cli.policy.scorer import Scorer, make_packable
 from kpo_cli.rollout.engine import choose_engine
+from kpo_cli.runs.checkpoints import Progress, restore
 from kpo_cli.training.check import check_context
 from kpo_cli.training.describe import notes_of
 from kpo_cli.training.display import Display
 from kpo_cli.training.loop import Training
 from kpo_cli.training.optimizer import make_optimizer
-from kpo_cli.training.sampler import make_sampler
+from kpo_cli.training.sampler import make_sampler, reserved_bytes, resolve_offload
 from kpo_cli.training.step import Updater
 from kpo_cli.training.supervised import Demonstrations
 
 
 def assemble(
-    config: TrainConfig, objective: Objective, problems: ProblemSets, policy: Policy, display: Display
-) -> tuple[Training, list[str]]:
-    """All live objects of a run, and what the user should know about them."""
+    config: TrainConfig,
+    objective: Objective,
+    problems: ProblemSets,
+    policy: Policy,
+    display: Display,
+    checkpoint: Path | None = None,
+) -> tuple[Training, Progress, list[str]]:
+    """All live objects of a run, where it stands, and what the user should know about them.
+
+    The state of a `checkpoint` is restored before a sampling engine starts, which takes what memory is left.
+    """
     trainer, rollout = config.trainer, config.rollout
     workers = share_threads(trainer.threads, policy.parameters, policy.model.device)
     check_context(config, policy)
     builder = PromptBuilder(policy.tokenizer, config.model, config.data)
     train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
     heldout, heldout_dropped = builder.build_all(problems.heldout, rollout.max_prompt_tokens, "held-out")
-    benchmarks = {}
-    for benchmark in load_benchmarks(trainer.eval.benchmarks, config.known, trainer.eval.data_dir):
-        prompts, too_long = builder.build_all(benchmark.problems, rollout.max_prompt_tokens, benchmark.name)
-        if too_long:
-            raise UserError(
-                f"{benchmark.name}: {too_long} prompts are longer than rollout.max_prompt_tokens="
-                f"{rollout.max_prompt_tokens}, and no problem of a benchmark may be left out; raise it"
-            )
-        benchmarks[benchmark.name] = prompts
+    benchmarks = _benchmark_prompts(config, builder)
     if len(train_prompts) < trainer.prompts_per_step:
         raise UserError(
             f"trainer.prompts_per_step={trainer.prompts_per_step} but there are only {len(train_prompts)} training "
             f"problems; lower it"
         )
     scorer, note = _scorer(policy, rollout.temperature)
+    reference = _reference(config, scorer)
+    config, offload_notes = resolve_offload(config, policy)
     updater = Updater(
         scorer=scorer,
-        optimizer=make_optimizer(policy.model, trainer),
+        optimizer=make_optimizer(policy.model, config.trainer),
         objective=objective,
         mini_batches=trainer.mini_batches,
         max_tokens=trainer.max_tokens_per_micro_batch or max_tokens(policy.parameters, policy.model.device),
         max_grad_norm=trainer.max_grad_norm,
         mask_truncated=trainer.mask_truncated,
         sampler_log_probs=trainer.old_log_probs == "auto" and rollout.name == "hf" and policy.dtype == "float32",
-        reference=_reference(config, scorer),
+        reference=reference,
         workers=workers,
     )
     demonstrations = Demonstrations(config, builder, policy)
     if trainer.supervised.steps:
         demonstrations.check()
+    progress = _beginning(config) if checkpoint is None else _restored(checkpoint, updater)
     # Last: on a GPU the engine takes its share of what everything else has left.
     ids = [prompt.token_ids for prompt in train_prompts]
-    sampler, check, engine_notes = make_sampler(config, policy, scorer, ids, workers, display.sampled)
+    reserved = reserved_bytes(config, policy.model, updater.optimizer)
+    sampler, check, engine_notes = make_sampler(config, policy, scorer, ids, workers, display.sampled, reserved)
     job = Training(
         config, policy, sampler, check, updater, demonstrations, train_prompts, heldout, benchmarks, builder.templated
     )
     notes = notes_of(job, problems.overlap, problems.duplicates, dropped + heldout_dropped)
-    return job, [*note, *engine_notes, *notes]
+    return job, progress, [*note, *offload_notes, *engine_notes, *notes]
+
+
+def _benchmark_prompts(config: TrainConfig, builder: PromptBuilder) -> dict[str, list[Prompt]]:
+    chosen, longest = config.trainer.eval, config.rollout.max_prompt_tokens
+    benchmarks = {}
+    for benchmark in load_benchmarks(chosen.benchmarks, config.known, chosen.data_dir):
+        prompts, too_long = builder.build_all(benchmark.problems, longest, benchmark.name)
+        if too_long:
+            raise UserError(
+                f"{benchmark.name}: {too_long} prompts are longer than rollout.max_prompt_tokens={longest}, and no "
+                f"problem of a benchmark may be left out; raise it"
+            )
+        benchmarks[benchmark.name] = prompts
+    return benchmarks
+
+
+def _beginning(config: TrainConfig) -> Progress:
+    return Progress(supervised_step=0 if config.trainer.supervised.steps else None)
+
+
+def _restored(checkpoint: Path, updater: Updater) -> Progress:
+    """What a checkpoint knows beside the weights, in its place."""
+    progress = restore(checkpoint, updater.optimizer)
+    if progress.filter_sums is not None:
+        updater.refit(torch.tensor(progress.filter_sums, dtype=torch.float64))
+    if progress.max_tokens is not None:
+        updater.max_tokens = min(updater.max_tokens, progress.max_tokens)
+    return progress
 
 
 def make_objective(config: TrainConfig) -> Objective:

@@ -30,7 +30,7 @@ from kpo_cli.rollout.check import SamplerCheck
 from kpo_cli.runs.checkpoints import Progress
 from kpo_cli.runs.directory import RunDir
 from kpo_cli.training.display import Display
-from kpo_cli.training.optimizer import off_device
+from kpo_cli.training.optimizer import leave_device
 from kpo_cli.training.records import record_ratios
 from kpo_cli.training.saving import Saver
 from kpo_cli.training.step import Updater, UpdateRecord
@@ -205,12 +205,12 @@ def _sample(job: Training, progress: Progress, clock: "Clock", display: Display)
 @contextmanager
 def _sampling(job: Training) -> Iterator[None]:
     """Within the block the sampler has the present weights and the device's memory."""
-    with off_device(job.updater.optimizer, job.config.trainer.offload_optimizer == "sampling"):
-        job.sampler.refresh()
-        try:
-            yield
-        finally:  # after a failure too: the optimizer's state comes back to the device before it is saved
-            job.sampler.release()
+    leave_device(job.updater.optimizer)
+    job.sampler.refresh()
+    try:
+        yield
+    finally:  # after a failure too
+        job.sampler.release()
 
 
 def _sampling_metrics(pool: list[Group]) -> dict[str, Any]:

@@ -4,13 +4,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kpo_cli.config import TrainConfig, as_dict, data_label, model_label, train_config
 from kpo_cli.data.load import load_problems
 from kpo_cli.errors import UserError
 from kpo_cli.policy.load import load_policy, model_identity
-from kpo_cli.runs.checkpoints import Progress, restore, resumable_checkpoint
+from kpo_cli.runs.checkpoints import Progress, resumable_checkpoint
 from kpo_cli.runs.directory import RunDir, check_new, default_run_dir, path_of
 from kpo_cli.training.assemble import assemble, complete, make_objective, with_engine
 from kpo_cli.training.check import changed_config, check_fit, value_at
@@ -40,13 +38,13 @@ def _start(config: TrainConfig, run_dir: Path | None, overrides: list[str]) -> N
     policy = load_policy(config.model)
     config = complete(config, policy)
     display = Display(config.trainer.steps)
-    job, more_notes = assemble(config, objective, problems, policy, display)
+    job, progress, more_notes = assemble(config, objective, problems, policy, display)
     notes = more_notes + notes
     if run_dir is None:
         label = f"{config.method.name}-{model_label(config.model)}-{data_label(config.data)}-s{config.seed}"
         run_dir = default_run_dir(label)
     with RunDir.create(run_dir, as_dict(config), manifest_of(job, problems)) as run:
-        _run(job, run, _beginning(config), display, notes, overrides)
+        _run(job, run, progress, display, notes, overrides)
 
 
 def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
@@ -67,12 +65,7 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         fit = check_fit(config, path)
         policy = load_policy(config.model, checkpoint)
         display = Display(config.trainer.steps)
-        job, notes = assemble(config, objective, problems, policy, display)
-        progress = _beginning(config) if checkpoint is None else restore(checkpoint, job.updater.optimizer)
-        if progress.filter_sums is not None:
-            job.updater.refit(torch.tensor(progress.filter_sums, dtype=torch.float64))
-        if progress.max_tokens is not None:
-            job.updater.max_tokens = min(job.updater.max_tokens, progress.max_tokens)
+        job, progress, notes = assemble(config, objective, problems, policy, display, checkpoint)
         last = config.trainer.steps
         if progress.step > last:
             raise UserError(f"{path} is at step {progress.step} already; trainer.steps={last} lies behind it")
@@ -84,10 +77,6 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         if config.rollout.name != before:
             notes.append(f"note: sampling with {config.rollout.name} from here on, with {before} before")
         _run(job, run, progress, display, [*notes, f"resuming after {progress.label}"], None)
-
-
-def _beginning(config: TrainConfig) -> Progress:
-    return Progress(supervised_step=0 if config.trainer.supervised.steps else None)
 
 
 def _run(

@@ -1,12 +1,12 @@
 """AdamW, and where its two moments (8 bytes a trained parameter) are kept.
 
-`trainer.offload_optimizer`: `none` leaves them on the device; `sampling` takes them off it while responses are sampled;
-`always` keeps them in host memory and brings them over one parameter at a time within an optimizer step. All three make
-the same bits: AdamW looks at one parameter at a time. On a CPU there is nowhere to move to, and none of them does.
+`trainer.offload_optimizer`: `none` leaves them on the device; `sampling` takes them off it while responses are sampled,
+until the next optimizer step asks for them; `always` keeps them in host memory and brings them over one parameter at a
+time within a step. All three make the same bits: AdamW looks at one parameter at a time. On a CPU there is nowhere to
+move to, and none of them does. (`auto` has become one of them by now: training/sampler.py.)
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +18,37 @@ from kpo_cli.config import TrainerConfig
 def make_optimizer(model: Any, config: TrainerConfig) -> torch.optim.AdamW:
     """Over the weights of `model` that train."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kind = HostAdamW if config.offload_optimizer == "always" and model.device.type != "cpu" else torch.optim.AdamW
+    kinds = {"sampling": SamplingAdamW, "always": HostAdamW}
+    kind = torch.optim.AdamW if model.device.type == "cpu" else kinds.get(config.offload_optimizer, torch.optim.AdamW)
     return kind(weights, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
-class HostAdamW(torch.optim.AdamW):
+class _MovingAdamW(torch.optim.AdamW):
+    """AdamW whose state is loaded into host memory, and nowhere else on the way."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As always, but for the place: torch would put each tensor beside its parameter first."""
+        super().load_state_dict({**state_dict, "state": {}})
+        names = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(names, parameters, strict=True):
+            if index in state_dict["state"]:
+                self.state[parameter] = {name: to_host(t) for name, t in state_dict["state"][index].items()}
+
+
+class SamplingAdamW(_MovingAdamW):
+    """AdamW whose state is in host memory from `leave_device` to the next step."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One optimizer step; `closure` is not supported."""
+        assert closure is None
+        for parameter, state in self.state.items():
+            _move(state, _to(parameter.device))
+        super().step()
+
+
+class HostAdamW(_MovingAdamW):
     """AdamW whose state lives in host memory. On the device there is never more than that of one parameter."""
 
     @torch.no_grad()
@@ -41,28 +67,14 @@ class HostAdamW(torch.optim.AdamW):
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As always, but for the place."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            _move(state, to_host)
 
-
-@contextmanager
-def off_device(optimizer: torch.optim.Optimizer, wanted: bool) -> Iterator[None]:
-    """If `wanted`, the optimizer's state is in host memory within the block; on a CPU nothing moves."""
-    device = optimizer.param_groups[0]["params"][0].device
-    if not wanted or device.type == "cpu":
-        yield
-        return
-    for state in optimizer.state.values():
-        _move(state, to_host)
-    torch.cuda.empty_cache()  # for an engine beside us; our own tensors would get the blocks anyway
-    try:
-        yield
-    finally:
-        for state in optimizer.state.values():
-            _move(state, _to(device))
+def leave_device(optimizer: torch.optim.Optimizer) -> None:
+    """Take the state of an optimizer that may leave the device to host memory, for an engine beside us."""
+    if isinstance(optimizer, SamplingAdamW):
+        for parameter, state in optimizer.state.items():
+            if any(tensor.device == parameter.device for tensor in state.values()):
+                _move(state, to_host)
+        torch.cuda.empty_cache()  # our own tensors would get the blocks anyway, others would not
 
 
 def _to(device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,8 @@
 """The sampler of a training run, and the check that what it serves is the policy."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +15,10 @@ from kpo_cli.policy.response import Response
 from kpo_cli.policy.scorer import Scorer
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler, Sampler, VLLMSampler
-from kpo_cli.rollout.check import RESPONSES, SamplerCheck, Score
-from kpo_cli.rollout.engine import VLLMEngine
+from kpo_cli.rollout.check import FIRST_TOKENS, RESPONSES, SamplerCheck, Score
+from kpo_cli.rollout.engine import VLLMEngine, free_memory, given_bytes, gpu_needs, sequences
 from kpo_cli.rollout.hf import Report
-
-FIRST_TOKENS = 32
-"""Of each response of the check at the start."""
+from kpo_cli.rollout.room import MOMENTS, choose_offload
 
 
 def make_sampler(
@@ -28,11 +28,13 @@ def make_sampler(
     prompts: Sequence[list[int]],
     workers: Workers,
     progress: Report,
+    reserved: int,
 ) -> tuple[Sampler, SamplerCheck | None, list[str]]:
     """The configured sampler, its check (None where its numbers are the trainer's but for float32 rounding), and notes.
 
-    An engine is tried on a few of the `prompts` before anything is written. Raises UserError if it does not start, or
-    does not give the trainer's log-probabilities.
+    An engine leaves `reserved` bytes of a GPU to the trainer, beside what it holds already, and is tried on a few of
+    the `prompts` before anything is written. Raises UserError if it does not start, or does not give the trainer's
+    log-probabilities.
     """
     rollout, half = config.rollout, policy.dtype == "bfloat16"
     if rollout.name != "vllm":
@@ -52,8 +54,9 @@ def make_sampler(
         policy,
         max_length=rollout.max_prompt_tokens + rollout.max_response_tokens,
         options=rollout.engine or {},
-        reserved=_reserved(config, policy),
+        reserved=reserved,
         training=True,
+        float32_logits=scorer.packed and policy.model.device.type == "cuda",  # else rounded: core/log_probs.py
     )
 
     def limited(tokens: int) -> VLLMSampler:
@@ -65,10 +68,13 @@ def make_sampler(
             progress=progress,
         )
 
-    check = SamplerCheck(trainer_score(scorer), half)
+    check = SamplerCheck(trainer_score(scorer), half, policy.model.device.type == "cuda")
     first = prompts[:RESPONSES]
     try:
-        gap = check(first, limited(FIRST_TOKENS).sample(first, 1, (config.seed,)))
+        short = limited(FIRST_TOKENS)
+        groups = short.sample(first, 1, (config.seed,))
+        short.release()  # the trainer's forward pass needs memory
+        gap = check(first, groups)
     except SamplingFailed as error:
         raise UserError(str(error)) from None
     note = f"vLLM: its log-probabilities differ from the trainer's by {gap['sampler_gap_max']:.1g} at most"
@@ -87,7 +93,37 @@ def trainer_score(scorer: Scorer) -> Score:
     return score
 
 
-def _reserved(config: TrainConfig, policy: Policy) -> int:
-    """Bytes that the optimizer and the gradients will hold on the device while the engine samples."""
-    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    return trained * (4 if config.trainer.offload_optimizer != "none" else 12)
+def resolve_offload(config: TrainConfig, policy: Policy) -> tuple[TrainConfig, list[str]]:
+    """The configuration with `trainer.offload_optimizer=auto` resolved, and a note where there was a choice.
+
+    To be called with the policy on its device, before the optimizer has state.
+    """
+    if config.trainer.offload_optimizer != "auto":
+        return config, []
+    choice, notes = "none", []
+    if policy.model.device.type == "cuda" and config.rollout.name == "vllm":
+        options, (free, total) = config.rollout.engine or {}, free_memory()
+        length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+        needs = gpu_needs(policy, length, options)
+        responses = min(sequences(options), config.trainer.prompts_per_step * config.trainer.group_size)
+        given = given_bytes(options, total, needs)
+        choice, why = choose_offload(free, total, moments_of(policy.model), needs, responses * length, given)
+        notes = [f"memory: trainer.offload_optimizer={choice}, since {why}"]
+    trainer = dataclasses.replace(config.trainer, offload_optimizer=choice)
+    return dataclasses.replace(config, trainer=trainer), notes
+
+
+def moments_of(model: Any) -> int:
+    """Bytes of AdamW's moments."""
+    return MOMENTS * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def reserved_bytes(config: TrainConfig, model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """What the trainer will hold on the device while the engine samples and does not hold yet.
+
+    Gradients are gone by then, and what was restored from a checkpoint is there already.
+    """
+    if config.trainer.offload_optimizer != "none":
+        return 0
+    there = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+    return max(0, moments_of(model) - there)
