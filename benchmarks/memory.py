@@ -35,7 +35,7 @@ from kpo_cli.policy import scorer as scoring
 from kpo_cli.policy.activations import Decoder, Pass, activation_bytes
 from kpo_cli.policy.attention import NAME, Packing
 from kpo_cli.policy.batch import Batch, make_batch
-from kpo_cli.policy.lora import adaptable, add_adapters, halve_frozen_layers
+from kpo_cli.policy.lora import adaptable, add_adapters, merge_in_forward
 from kpo_cli.policy.memory import GIB, state_bytes
 from kpo_cli.policy.response import Response
 from kpo_cli.policy.scorer import PackedBatch, Scorer, pack
@@ -108,7 +108,7 @@ def count(config: PretrainedConfig, batch: Batch, *, half: bool, recompute: bool
     if lora.rank:
         add_adapters(model, lora)
         if half:
-            halve_frozen_layers(model)
+            merge_in_forward(model)
     fake, peak = FakeTensorMode(), Peak()
     inputs = Batch(**{name: fake.from_tensor(value) for name, value in vars(batch).items()})
     with fake, _without_numbers(_faked(packed, fake)):

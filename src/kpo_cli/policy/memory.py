@@ -114,7 +114,7 @@ def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, ha
 def state_bytes(model: Any, lora: LoraConfig, half: bool, reference: bool = False) -> tuple[int, int, int]:
     """Bytes of the weights of `model` (without adapters), their gradients and the optimizer's state.
 
-    Autocast keeps a bfloat16 copy of what trains. A reference for a KL is a second model; with adapters it is the one
+    Autocast keeps a bfloat16 copy of all weights where they train. A reference for a KL is a second model; with adapters it is the one
     below them, whose adapted layers are frozen and in the forward pass's type.
     """
     count = sum(p.numel() for p in model.parameters())
@@ -123,7 +123,7 @@ def state_bytes(model: Any, lora: LoraConfig, half: bool, reference: bool = Fals
     layers = adaptable(model, lora)
     frozen = sum(p.numel() for layer in layers for p in layer.parameters())
     trained = sum(lora.rank * sum(layer.weight.shape) for layer in layers)
-    weights = (2 if half else 4) * frozen + 4 * (count - frozen) + (6 if half else 4) * trained
+    weights = (2 if half else 4) * frozen + 4 * (count - frozen) + 4 * trained
     return weights, 4 * trained, 8 * trained
 
 
