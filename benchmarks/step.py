@@ -58,6 +58,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from kpo_cli.core import linear_log_probs, load_objective, token_log_probs
 from kpo_cli.policy import scorer as scoring
 from kpo_cli.policy.batch import Batch, make_batch
+from kpo_cli.policy.load import choose_kernels
 from kpo_cli.policy.response import Response
 from kpo_cli.policy.scorer import Scorer, make_packable
 from kpo_cli.training.optimizer import HostAdamW
@@ -126,6 +127,7 @@ def make_model(shape: Shape, device: str) -> Any:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
+    choose_kernels(torch.device(device))
     with torch.device(device):
         model = Qwen3ForCausalLM(config).eval()
     if reason := make_packable(model):

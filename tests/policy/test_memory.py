@@ -76,7 +76,7 @@ def test_the_cache_is_the_samplers(monkeypatch):
     config = model.config
     decoder = Decoder.of(config, model)
     made, spread = [], hf.spread
-    monkeypatch.setattr(hf, "spread", lambda cache, *arguments: made.append(cache) or spread(cache, *arguments))
+    monkeypatch.setattr(hf, "spread", lambda cache, *a, **k: made.append(cache) or spread(cache, *a, **k))
     sampler = hf.HFSampler(model, stop_ids=[], temperature=1.0, max_response_tokens=60, batch_size=64)
     sampler.sample([[1, 2, 3, 4]] * 2, 8, (0,))
     held = sum(t.nbytes for layer in made[0].layers for t in (layer._key_store, layer._value_store))
