@@ -114,8 +114,8 @@ def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, ha
 def state_bytes(model: Any, lora: LoraConfig, half: bool, reference: bool = False) -> tuple[int, int, int]:
     """Bytes of the weights of `model` (without adapters), their gradients and the optimizer's state.
 
-    Autocast keeps a bfloat16 copy of all weights where they train. A reference for a KL is a second model; with adapters it is the one
-    below them, whose adapted layers are frozen and in the forward pass's type.
+    Autocast keeps a bfloat16 copy of all weights where they train. A reference for a KL is a second model; with
+    adapters it is the one below them, whose adapted layers are frozen and in the forward pass's type.
     """
     count = sum(p.numel() for p in model.parameters())
     if not lora.rank:
