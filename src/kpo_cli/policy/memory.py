@@ -69,7 +69,7 @@ def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, ha
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     count = sum(p.numel() for p in model.parameters())
     lora, offload = config.model.lora, config.trainer.offload_optimizer
     parts = _with_adapters(model, lora, half) if lora.rank else _with_all_weights(config, count, half)
