@@ -1,5 +1,6 @@
 """Is a prompt what it seems? Looked at before a run begins: a template is a program, and a tokenizer has habits."""
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,9 +63,12 @@ def _token_notes(builder: PromptBuilder, prompts: Sequence[Prompt], stop_ids: Se
             f"note: {len(spelled)} problems spell control tokens of the model (first {spelled[0].id}); "
             f"they are read as text"
         )
-    unknown = sum(_has_unknown(builder, prompt) for prompt in prompts)
-    if unknown:
-        notes.append(f"warning: {unknown} prompts hold characters that the model's tokenizer does not know")
+    misread = [prompt.problem for prompt in prompts if not _reads(tokenizer, prompt)]
+    if misread:
+        notes.append(
+            f"warning: {len(misread)} problems are not read as they are written (first {misread[0].id}): the model's "
+            f"tokenizer changes the text, or has no tokens for some of it"
+        )
     start = tokenizer.bos_token_id
     if start is not None and first[:2] == [start, start]:
         notes.append(f"warning: prompts begin with {tokenizer.bos_token} twice")
@@ -131,9 +135,9 @@ def _plain(tokenizer: Any) -> list[int]:
     return ids
 
 
-def _has_unknown(builder: PromptBuilder, prompt: Prompt) -> bool:
-    """Whether the tokenizer has no token for something that the problem says."""
-    unknown = builder.tokenizer.unk_token_id
-    if unknown is None or unknown not in prompt.token_ids or builder.spells_control(prompt.problem):
-        return False
-    return unknown in builder.tokenizer(prompt.problem.problem, add_special_tokens=False)["input_ids"]
+def _reads(tokenizer: Any, prompt: Prompt) -> bool:
+    """Whether the problem can be read off the tokens, but for spaces and how characters are composed."""
+    read = tokenizer.decode(prompt.token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    parts = (prompt.problem.problem, prompt.text, read)
+    problem, written, read = ("".join(unicodedata.normalize("NFC", part).split()) for part in parts)
+    return problem in read or problem not in written

@@ -1,6 +1,8 @@
 """Loading a policy: weights, tokenizer, and the ids that end a response."""
 
 import os
+import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +32,18 @@ RANDOM_WEIGHTS = 0
 """Seed of random weights. Fixed: runs that differ in their seed start from the same ones."""
 SMALL_MODEL = 5_000_000
 """Parameters below which threads share batches and not operations: the matrices are too small."""
+LOADING = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    TypeError,
+    re.error,
+    pickle.UnpicklingError,
+)
+"""What damaged or strange files make transformers and torch raise."""
 
 
 @dataclass(frozen=True)
@@ -247,21 +261,28 @@ def loading_errors(config: ModelConfig) -> Iterator[None]:
         yield
     except Exception as error:
         module = type(error).__module__.split(".")[0]
-        known = isinstance(error, OSError | ValueError | KeyError | RuntimeError | ImportError | AttributeError)
+        known = isinstance(error, LOADING)
         if not known and module not in ("safetensors", "safetensors_rust", "huggingface_hub", "httpx", "httpcore"):
             raise
-        if "trust_remote_code" in str(error):  # transformers goes on to advise an option that is not ours
-            raise UserError(
-                f"model.path={config.path} needs program code of its own (auto_map), and kpo runs none that comes with "
-                f"a model; take one of an architecture that transformers has"
-            ) from None
+        if refused := _refused(error):
+            raise UserError(f"model.path={config.path} {refused}") from None
         raise UserError(f"model.path={config.path} cannot be loaded: {first_line(error)} ({_way_out(error)})") from None
+
+
+def _refused(error: BaseException) -> str | None:
+    """What is not loaded because it is a program; transformers and torch go on to advise options that are not ours."""
+    if "trust_remote_code" in str(error):
+        return (
+            "needs program code of its own (auto_map), and kpo runs none that comes with a model; take one of an "
+            "architecture that transformers has"
+        )
+    if "weights_only" in str(error):
+        return "has a .bin file that holds more than tensors, and could run a program; take one in safetensors"
+    return None
 
 
 def _way_out(error: BaseException) -> str:
     text = str(error).lower()
-    if "weights only" in text or "weights_only" in text:
-        return "its .bin file holds more than tensors, and could run a program: take one in safetensors"
     if "num_attention_heads" in text:  # Mamba and its kin
         return "it has no attention, and so no cache of keys and values to sample with: take another architecture"
     if any(word in text for word in ("gated", "401", "403", "authenticat", "access to model")):
