@@ -144,7 +144,7 @@ def _fit(config: EvalConfig, asked: list[Asked]) -> tuple[EvalConfig, list[str]]
             if sampling.max_tokens is not None:
                 raise UserError(
                     f"{name}: a prompt of {longest} tokens and eval.max_tokens={room} exceed "
-                    f"{called} ({item.subject.label}); lower eval.max_tokens to {context - longest}, or leave it out"
+                    f"{called} ({item.subject.label}); lower eval.max_tokens to {context - longest}, or set it to null"
                 )
             room, why = context - longest, f"{called} ({item.subject.label}) leaves beside a prompt of {longest}"
     note = [] if why is None else [f"note: responses of at most {room} tokens, which is what {why}"]
