@@ -21,6 +21,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 ANSWER_STYLES = ("plain", "hash", "boxed")
+DUPLICATES = ("exact", "similar")
 ENGINES = ("auto", "hf", "vllm")
 CORRECTIONS = ("auto", "none", "truncate", "mask")
 OLD_LOG_PROBS = ("auto", "trainer")
@@ -123,6 +124,20 @@ class FieldNames:
 
 
 @dataclass(frozen=True)
+class RowsConfig:
+    """How the rows of files are read, where `DataConfig` does not say it: those of benchmarks."""
+
+    fields: FieldNames
+    problem_pattern: str | None
+    answer_style: str
+
+    def check(self, key: str) -> None:
+        """Raise UserError, with `key` before the names."""
+        _one_of(f"{key}.answer_style", self.answer_style, ANSWER_STYLES)
+        _pattern(f"{key}.problem_pattern", self.problem_pattern)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     name: str
     path: str | None
@@ -136,15 +151,20 @@ class DataConfig:
     fields: FieldNames
     problem_pattern: str | None
     answer_style: str
+    duplicates: str
     system_prompt: str | None
     instruction: str | None
+
+    @property
+    def rows(self) -> RowsConfig:
+        return RowsConfig(self.fields, self.problem_pattern, self.answer_style)
 
     def __post_init__(self) -> None:
         _label("data.name", self.name)
         if self.path is None and self.name == "file":
             raise UserError("data=file needs a file: give data.path=FILE.jsonl or FILE.parquet")
-        _one_of("data.answer_style", self.answer_style, ANSWER_STYLES)
-        _pattern("data.problem_pattern", self.problem_pattern)
+        self.rows.check("data")
+        _one_of("data.duplicates", self.duplicates, DUPLICATES)
         _at_least("data.operators", self.operators, 1)
         if self.max_operators is not None and self.max_operators < (self.operators or 1):
             raise UserError(f"data.max_operators={self.max_operators} must be at least data.operators={self.operators}")
@@ -191,8 +211,10 @@ class RolloutConfig:
 class PeriodicEvalConfig:
     benchmarks: list[str]
     data_dir: str | None
+    data: RowsConfig
 
     def __post_init__(self) -> None:
+        self.data.check("trainer.eval.data")
         if len(set(self.benchmarks)) < len(self.benchmarks):
             raise UserError(f"trainer.eval.benchmarks={self.benchmarks} names one of them twice")
 

@@ -262,7 +262,7 @@ def test_a_tokenizer_that_yields_nothing(tokenizer):
     class Mute:
         chat_template = None
 
-        def __call__(self, text: str) -> dict[str, list[int]]:
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
             return {"input_ids": []}
 
     builder = PromptBuilder(Mute(), CONFIG.model, CONFIG.data)

@@ -31,6 +31,12 @@ def benchmark_overlap(problems: Iterable[str]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+def shared_problems(problems: Iterable[str], others: Iterable[str]) -> int:
+    """How many of `problems` stand among `others`."""
+    known = {fingerprint(problem) for problem in others}
+    return sum(fingerprint(problem) in known for problem in problems)
+
+
 @cache
 def _known() -> dict[str, frozenset[str]]:
     return {name: frozenset(hashes) for name, hashes in json.loads(FINGERPRINTS.read_text()).items()}
@@ -39,7 +45,7 @@ def _known() -> dict[str, frozenset[str]]:
 def _build(sources: dict[str, str]) -> None:
     table = {}
     for name, path in sources.items():
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
         table[name] = sorted({fingerprint(row["problem"]) for row in rows})
     FINGERPRINTS.write_text(json.dumps(table, separators=(",", ":")) + "\n")
 

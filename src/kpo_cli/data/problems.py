@@ -14,3 +14,5 @@ class Problem:
     id: str
     problem: str
     answer: str
+    context: tuple[tuple[str, str], ...] = ()
+    """What stands before the problem where a row is a chat: (role, text) of system messages and earlier turns."""

@@ -13,24 +13,26 @@ Row = tuple[str, dict[str, Any]]
 """Where a row stands, for error messages ("FILE:12"), and its content."""
 
 
-def local_rows(path: Path) -> Iterator[Row]:
-    """Rows of a .jsonl, .json or .parquet file. Raises UserError that names the file, the line and the fix."""
+def local_rows(path: Path, given: str) -> Iterator[Row]:
+    """Rows of a .jsonl, .json or .parquet file, called `given` in errors (data.path=FILE).
+
+    Raises UserError that names the file, the line and the fix."""
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         what = (
             "is a directory" if os.path.isdir(path) else "is not a file" if os.path.exists(path) else "does not exist"
         )
-        raise UserError(f"data.path={path} {what}; give a .jsonl, .json or .parquet file, or a hub name")
+        raise UserError(f"{given} {what}; give a .jsonl, .json or .parquet file, or a hub name")
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
     suffix = path.suffix.lower()
     if suffix not in readers:
-        raise UserError(f"data.path={path}: {path.suffix or 'no'} suffix; give a .jsonl, .json or .parquet file")
+        raise UserError(f"{given}: {path.suffix or 'no'} suffix; give a .jsonl, .json or .parquet file")
     try:
         yield from readers[suffix](path)
     except OSError as error:
-        raise UserError(f"data.path={path} cannot be read ({error.strerror}); give a file that can be") from None
+        raise UserError(f"{given} cannot be read ({error.strerror}); give a file that can be") from None
 
 
-def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
+def hub_rows(name: str, subset: str | None, split: str, given: str) -> Iterator[Row]:
     """Rows of a data set on the hub (or in its local cache)."""
     import datasets
     from huggingface_hub.utils import logging
@@ -41,8 +43,8 @@ def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
         data = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the hub, the network, the cache and the set's own files each raise their own
         raise UserError(
-            f"data.path={name} cannot be loaded from the hub: {first_line(error)} (check data.path, data.subset, "
-            f"data.split and the network, or give a local file)"
+            f"{given} cannot be loaded from the hub: {first_line(error)} (check its name, subset, split and the "
+            f"network, or give a local file)"
         ) from None
     for number, row in enumerate(data, 1):
         yield f"{name} (row {number})", row
@@ -85,12 +87,29 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"{path} (row {number})", row
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for values in zip(*map(_plain_values, batch.columns), strict=True):
+                number += 1
+                yield f"{path} (row {number})", dict(zip(batch.schema.names, values, strict=True))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.path={path} is not a readable parquet file: {first_line(error)}") from None
+        raise UserError(f"{path} is not a readable parquet file: {first_line(error)}") from None
+
+
+def _plain_values(column: Any) -> list[Any]:
+    """The values of a column in Python's types. What has none (nanoseconds, the year 10,000) is read as text."""
+    import pyarrow as pa
+
+    if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
+        column = column.cast(pa.string()).cast(pa.float64())  # 0.1, not 0.10000000149
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        try:
+            values = column.cast(pa.string()).to_pylist()
+        except pa.ArrowException:  # nested, or not UTF-8
+            values = [None] * len(column)
+    return values
 
 
 def shown(value: Any) -> str:

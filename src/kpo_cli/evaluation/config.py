@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from kpo_cli.config import ENGINES, check_engine
+from kpo_cli.config import ENGINES, RowsConfig, check_engine
 from kpo_cli.errors import UserError
+
+MAX_TOKENS = 4096
+"""Of a response, where eval.max_tokens is null and the context leaves more."""
 
 
 @dataclass(frozen=True)
@@ -13,17 +16,23 @@ class SamplingConfig:
     n: int
     temperature: float
     top_p: float
-    max_tokens: int
-    max_prompt_tokens: int
+    max_tokens: int | None
+    max_prompt_tokens: int | None
     limit: int | None
     batch_size: int
     rollout: str
     engine: dict[str, Any] | None
 
+    @property
+    def longest(self) -> int:
+        """The most tokens of a response, once it is known what the context leaves (`evaluation.main`)."""
+        assert self.max_tokens is not None
+        return self.max_tokens
+
     def __post_init__(self) -> None:
         for key in ("n", "max_tokens", "max_prompt_tokens", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"eval.{key}={getattr(self, key)} must be at least 1")
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise UserError(f"eval.{key}={value} must be at least 1")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"eval.limit={self.limit} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
@@ -43,6 +52,7 @@ class EvalConfig:
     vs: str | None
     benchmarks: list[str]
     data_dir: str | None
+    data: RowsConfig
     regrade: str | None
     chat_template: str
     chat_template_kwargs: dict[str, Any] | str
@@ -56,6 +66,7 @@ class EvalConfig:
     known: dict[str, Any]
 
     def __post_init__(self) -> None:
+        self.data.check("data")
         if not self.benchmarks:
             raise UserError("benchmarks=[] names nothing to evaluate on; give benchmarks=[aime24,math500], say")
         if len(set(self.benchmarks)) < len(self.benchmarks):

@@ -56,7 +56,7 @@ def evaluate_heldout(
 def _graded(
     responses: Sequence[Response], decode: Callable[[list[int]], str], prompts: Sequence[Prompt]
 ) -> list[dict[str, Any]]:
-    texts = [decode(response.token_ids) for response in responses]
+    texts = [p.opening + decode(response.token_ids) for p, response in zip(prompts, responses, strict=True)]
     verdicts = grade_batch([(text, p.problem.answer) for text, p in zip(texts, prompts, strict=True)])
     return [
         {

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kpo_cli.config import convert
+from kpo_cli.data.prompt_checks import check_prompts
 from kpo_cli.data.prompts import Prompt
 from kpo_cli.errors import RunInterrupted, RunStopped, SamplingFailed, UserError
 from kpo_cli.evaluation import results as report
-from kpo_cli.evaluation.benchmarks import Benchmark, load_benchmarks
-from kpo_cli.evaluation.config import EvalConfig
+from kpo_cli.evaluation.benchmarks import Benchmark, Files, load_benchmarks
+from kpo_cli.evaluation.config import MAX_TOKENS, EvalConfig
 from kpo_cli.evaluation.rows import make_rows, regraded
 from kpo_cli.evaluation.subject import Subject, find_subjects
+from kpo_cli.evaluation.trained_on import trained_on
 from kpo_cli.policy.load import Policy, context_of, share_threads
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler, Sampler, VLLMSampler
@@ -41,6 +43,8 @@ class Asked:
     workers: Workers
     prompts: dict[str, list[Prompt]]
     """By benchmark."""
+    notes: list[str]
+    """What the user should know of them."""
 
 
 def run(raw: dict[str, Any]) -> None:
@@ -59,8 +63,11 @@ def run(raw: dict[str, Any]) -> None:
 
 def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> None:
     subjects = find_subjects(config)
-    benchmarks = load_benchmarks(config.benchmarks, config.known, config.data_dir, config.eval.limit)
+    benchmarks = load_benchmarks(
+        config.benchmarks, config.known, Files(config.data, config.data_dir), config.eval.limit
+    )
     asked = [_ask(role, subject, benchmarks, config) for role, subject in subjects.items()]
+    config, fitted = _fit(config, asked)
     settings = _settings(config, asked, benchmarks)
     if run_dir is None:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
@@ -75,6 +82,13 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
         for item in asked:
             first = next(iter(item.prompts.values()))[0]
             console.print(f"first prompt of {item.subject.label}: {first.text!r}", markup=False)
+        notes = [
+            *fitted,
+            *(note for b in benchmarks for note in b.notes),
+            *(note for item in asked for note in item.notes),
+        ]
+        for note in dict.fromkeys([*notes, *trained_on(config, benchmarks)]):
+            console.print(note, markup=False)
         try:
             for item in asked:
                 missing = [b for b in benchmarks if samples.missing((item.role, b.name), len(b.problems))]
@@ -96,26 +110,46 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
 
 
 def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalConfig) -> Asked:
-    policy = subject.load()
+    policy = subject.load(role)
     workers = share_threads(None, policy.parameters, policy.model.device)
-    prompts = {}
-    context, called = context_of(policy.model)
+    prompts, notes = {}, []
     for benchmark in benchmarks:
         builder = subject.prompts(policy, benchmark.has_instruction)
-        built = [builder.build(problem) for problem in benchmark.problems]
-        longest = max(len(prompt.token_ids) for prompt in built)
-        if longest > config.eval.max_prompt_tokens:
-            raise UserError(
-                f"{benchmark.name} has a prompt of {longest} tokens but eval.max_prompt_tokens="
-                f"{config.eval.max_prompt_tokens}, and no problem may be left out; raise it"
-            )
-        if context is not None and longest + config.eval.max_tokens > context:
-            raise UserError(
-                f"{benchmark.name}: a prompt of {longest} tokens and eval.max_tokens={config.eval.max_tokens} exceed "
-                f"{called} ({subject.label}); lower eval.max_tokens to {max(1, context - longest)}"
-            )
-        prompts[benchmark.name] = built
-    return Asked(role, subject, policy, workers, prompts)
+        prompts[benchmark.name] = [builder.build(problem) for problem in benchmark.problems]
+        notes += check_prompts(builder, prompts[benchmark.name], policy.stop_ids)
+    return Asked(role, subject, policy, workers, prompts, notes)
+
+
+def _fit(config: EvalConfig, asked: list[Asked]) -> tuple[EvalConfig, list[str]]:
+    """The configuration with a length that every context has room for, where none was given, and a line on it.
+
+    Raises UserError for a prompt that is too long, or a length that does not fit."""
+    sampling = config.eval
+    room, why = sampling.max_tokens or MAX_TOKENS, None
+    for item in asked:
+        context, called = context_of(item.policy.model)
+        for name, prompts in item.prompts.items():
+            longest = max(len(prompt.token_ids) for prompt in prompts)
+            if longest > (sampling.max_prompt_tokens or longest):
+                raise UserError(
+                    f"{name} has a prompt of {longest} tokens but eval.max_prompt_tokens="
+                    f"{sampling.max_prompt_tokens}, and no problem may be left out; raise it"
+                )
+            if context is None or longest + room <= context:
+                continue
+            if longest >= context:
+                raise UserError(
+                    f"{name} has a prompt of {longest} tokens, and they exceed {called} ({item.subject.label}); "
+                    f"no problem may be left out"
+                )
+            if sampling.max_tokens is not None:
+                raise UserError(
+                    f"{name}: a prompt of {longest} tokens and eval.max_tokens={room} exceed "
+                    f"{called} ({item.subject.label}); lower eval.max_tokens to {context - longest}, or set it to null"
+                )
+            room, why = context - longest, f"{called} ({item.subject.label}) leaves beside a prompt of {longest}"
+    note = [] if why is None else [f"note: responses of at most {room} tokens, which is what {why}"]
+    return replace(config, eval=replace(sampling, max_tokens=room)), note
 
 
 def _settings(config: EvalConfig, asked: list[Asked], benchmarks: list[Benchmark]) -> dict[str, Any]:
@@ -180,7 +214,7 @@ def _engine(
     longest, gpu = max(map(len, prompts)), model.device.type == "cuda"
     engine = VLLMEngine(
         item.policy,
-        max_length=longest + config.eval.max_tokens,
+        max_length=longest + config.eval.longest,
         options=config.eval.engine or {},
         reserved=check_bytes(model.config.get_text_config(), longest + FIRST_TOKENS, half),
         float32_logits=gpu,  # as in training, whose policy this is
@@ -204,7 +238,7 @@ def _sampler(item: Asked, engine: VLLMEngine | None, config: EvalConfig, progres
             engine,
             stop_ids=item.policy.stop_ids,
             temperature=temperature,
-            max_response_tokens=config.eval.max_tokens,
+            max_response_tokens=config.eval.longest,
             top_p=config.eval.top_p,
             progress=progress,
         )
@@ -212,7 +246,7 @@ def _sampler(item: Asked, engine: VLLMEngine | None, config: EvalConfig, progres
         item.policy.model,
         stop_ids=item.policy.stop_ids,
         temperature=temperature,
-        max_response_tokens=config.eval.max_tokens,
+        max_response_tokens=config.eval.longest,
         batch_size=config.eval.batch_size,
         top_p=config.eval.top_p,
         half=item.policy.dtype == "bfloat16",
@@ -246,7 +280,10 @@ def _sample(
             places = missing[start : start + step]
             ids = [prompts[place].token_ids for place in places]
             groups = sampler.sample(ids, n, seed, greedy=greedy, places=places)
-            texts = [[item.policy.decode(response.token_ids) for response in group] for group in groups]
+            texts = [
+                [prompts[place].opening + item.policy.decode(response.token_ids) for response in group]
+                for place, group in zip(places, groups, strict=True)
+            ]
             problems = [benchmark.problems[place] for place in places]
             samples.append(key, make_rows(key, places, problems, texts, groups))
             done += len(places) * n

@@ -1,14 +1,14 @@
 """What is evaluated: a run, a checkpoint, a model directory, a hub name, or the built-in policy."""
 
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from kpo_cli.config import DataConfig, ModelConfig, convert
+from kpo_cli.config import ModelConfig, convert
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
-from kpo_cli.evaluation.benchmarks import data_config
 from kpo_cli.evaluation.config import EvalConfig
 from kpo_cli.policy.load import Policy, load_policy
 from kpo_cli.policy.lora import MERGED
@@ -29,13 +29,17 @@ class Subject:
     system_prompt: str | None
     instruction: str | None
 
-    def load(self) -> Policy:
-        return load_policy(self.model)
+    def load(self, role: str) -> Policy:
+        """The policy; what `kpo train` calls model.path was given as `role` here."""
+        try:
+            return load_policy(self.model)
+        except UserError as error:
+            line = str(error).replace("model.path=", f"{role}=")
+            raise UserError(re.sub(r"\bmodel\.(?=\w+=)", "", line)) from None
 
     def prompts(self, policy: Policy, has_instruction: bool) -> PromptBuilder:
-        instruction = self.instruction if has_instruction else None
-        data: DataConfig = replace(data_config(""), system_prompt=self.system_prompt, instruction=instruction)
-        return PromptBuilder(policy.tokenizer, self.model, data)
+        asking = self if has_instruction else replace(self, instruction=None)
+        return PromptBuilder(policy.tokenizer, self.model, asking, prefixes=("", ""))
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ def find_subjects(config: EvalConfig) -> dict[str, Subject]:
         label, path, _ = _locate(config.vs)
         subjects["vs"] = _subject(label, path, prompting, config)
     return subjects
+
+
+def run_of(name: str) -> RunDir | None:
+    """The run that what is evaluated comes from, if any."""
+    _, _, run = _locate(name)
+    return None if run is None else RunDir(run)
 
 
 def _locate(name: str) -> tuple[str, str | None, Path | None]:

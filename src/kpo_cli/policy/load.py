@@ -1,9 +1,12 @@
 """Loading a policy: weights, tokenizer, and the ids that end a response."""
 
 import os
+import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,18 @@ RANDOM_WEIGHTS = 0
 """Seed of random weights. Fixed: runs that differ in their seed start from the same ones."""
 SMALL_MODEL = 5_000_000
 """Parameters below which threads share batches and not operations: the matrices are too small."""
+LOADING = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    TypeError,
+    re.error,
+    pickle.UnpicklingError,
+)
+"""What damaged or strange files make transformers and torch raise."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +73,21 @@ class Policy:
             self.tokenizer.save_pretrained(folder / MERGED)
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of a response, without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of a response, without special tokens, but for those that mark a thought: the grader reads them."""
+        text, start = "", 0
+        for place in [*(i for i, token in enumerate(token_ids) if token in self._thought_marks), len(token_ids)]:
+            text += self.tokenizer.decode(
+                token_ids[start:place], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            text += "".join(self._thought_marks[token] for token in token_ids[place : place + 1])
+            start = place + 1
+        return text
+
+    @cached_property
+    def _thought_marks(self) -> dict[int, str]:
+        """Special tokens that open or close a thought."""
+        added = self.tokenizer.added_tokens_decoder
+        return {i: t.content for i, t in added.items() if t.special and t.content in ("<think>", "</think>")}
 
 
 def load_policy(config: ModelConfig, weights: Path | None = None) -> Policy:
@@ -74,12 +102,14 @@ def load_policy(config: ModelConfig, weights: Path | None = None) -> Policy:
     logging.disable_progress_bar()  # a bar for every load and save would tear ours apart
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # an unreachable hub is one line of ours, not one for each retry
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else a model in .bin is sent to a service of the hub's
     path = model_source(config)
     source = path if weights is None or config.lora.rank else str(weights)
     with loading_errors(config):
-        AutoConfig.from_pretrained(base_of(source))  # first: AutoTokenizer stumbles over an unknown model type
+        # First: AutoTokenizer stumbles over an unknown model type.
+        _check_kernels(AutoConfig.from_pretrained(base_of(source), trust_remote_code=False))
         has_tokenizer = (Path(source) / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(source if has_tokenizer else base_of(source))
+        tokenizer = AutoTokenizer.from_pretrained(source if has_tokenizer else base_of(source), trust_remote_code=False)
         if config.architecture is not None and weights is None:
             loaded: Any = random_model(config.architecture), {"missing_keys": []}
         else:
@@ -118,10 +148,22 @@ def _pretrained(source: str) -> tuple[Any, dict[str, Any]]:
 
     base = adapter_base(source)
     if base is None:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
         return loaded
     model, loading = _pretrained(base)
     return with_merged_adapters(model, Path(source)), loading
+
+
+def _check_kernels(config: Any) -> None:
+    """Raise UserError if a model's config.json asks for a kernel of the hub: those are compiled programs."""
+    wanted = getattr(config, "_attn_implementation", None)
+    if isinstance(wanted, str) and "/" in wanted:
+        raise UserError(
+            f"{config.name_or_path}: its config.json asks for the program {wanted} (attn_implementation), and kpo runs "
+            f"none that comes with a model; take that line out"
+        )
 
 
 def base_of(source: str) -> str:
@@ -182,7 +224,7 @@ def transformers_config(config: ModelConfig) -> Any:
 
     if config.architecture is not None:
         return architecture_config(config.architecture)
-    return AutoConfig.from_pretrained(base_of(model_source(config)))
+    return AutoConfig.from_pretrained(base_of(model_source(config)), trust_remote_code=False)
 
 
 def choose_device(config: ModelConfig) -> tuple[torch.device, bool]:
@@ -232,10 +274,24 @@ def loading_errors(config: ModelConfig) -> Iterator[None]:
         yield
     except Exception as error:
         module = type(error).__module__.split(".")[0]
-        known = isinstance(error, OSError | ValueError | KeyError | RuntimeError | ImportError | AttributeError)
+        known = isinstance(error, LOADING)
         if not known and module not in ("safetensors", "safetensors_rust", "huggingface_hub", "httpx", "httpcore"):
             raise
+        if refused := _refused(error):
+            raise UserError(f"model.path={config.path} {refused}") from None
         raise UserError(f"model.path={config.path} cannot be loaded: {first_line(error)} ({_way_out(error)})") from None
+
+
+def _refused(error: BaseException) -> str | None:
+    """What is not loaded because it is a program; transformers and torch go on to advise options that are not ours."""
+    if "trust_remote_code" in str(error):
+        return (
+            "needs program code of its own (auto_map), and kpo runs none that comes with a model; take one of an "
+            "architecture that transformers has"
+        )
+    if "weights_only" in str(error):
+        return "has a .bin file that holds more than tensors, and could run a program; take one in safetensors"
+    return None
 
 
 def _way_out(error: BaseException) -> str:

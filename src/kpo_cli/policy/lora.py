@@ -10,6 +10,7 @@ rounding; if the trainer added them unrounded, every ratio of the two would hold
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kpo_cli.config import LoraConfig
-from kpo_cli.errors import UserError
+from kpo_cli.errors import UserError, in_time
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """As peft names them."""
@@ -32,6 +33,7 @@ NAME = "default"
 """Of the adapter in peft."""
 PREFIX = "base_model.model."
 """Of every name in peft's file."""
+PATTERN_SECONDS = 10.0
 MERGED = "merged"
 """The folder of the whole model in a checkpoint of adapters."""
 
@@ -233,9 +235,25 @@ def adapter_base(source: str | Path) -> str | None:
 def with_merged_adapters(model: Any, folder: Path) -> Any:
     """`model` with the adapters of a directory merged into its weights; whatever kind peft can merge."""
     peft = _peft(f"{folder} holds adapters and")
+    _check_patterns(model, folder)
     merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     vars(merged).pop("peft_config", None)  # a model like any other: it may get new adapters
     return merged.requires_grad_(True)
+
+
+def _check_patterns(model: Any, folder: Path) -> None:
+    """Raise UserError if a directory's adapters name a program, or layers by patterns that never end.
+
+    peft would import the one by its name, and match the others against every layer."""
+    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    if config.get("megatron_config"):
+        raise UserError(f"{folder}: its {CONFIG_FILE} asks for a program (megatron_config), and kpo runs none")
+    fields = (config.get(name) for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"))
+    patterns = [pattern for field in fields for pattern in ([field] if isinstance(field, str) else field or [])]
+    with in_time(PATTERN_SECONDS, f"the patterns of layers in {folder}/{CONFIG_FILE} cannot be matched"):
+        for name, _ in model.named_modules():
+            for pattern in patterns:
+                re.fullmatch(rf"(.*\.)?({pattern})", name)
 
 
 def without_adapters(model: Any) -> Any:

@@ -84,7 +84,7 @@ def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, ha
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     count = sum(p.numel() for p in model.parameters())
     lora, offload, gpu = config.model.lora, config.trainer.offload_optimizer, device.type != "cpu"
     weights, gradients, optimizer = state_bytes(model, lora, half, config.trainer.kl_coefficient != 0)

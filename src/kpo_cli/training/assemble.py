@@ -9,9 +9,11 @@ import torch
 from kpo_cli.config import PeriodicEvalConfig, TrainConfig
 from kpo_cli.core import MaskedImportance, Objective, ReferenceKL, TruncatedImportance, build_objective
 from kpo_cli.data.load import ProblemSets
+from kpo_cli.data.overlap import shared_problems
+from kpo_cli.data.prompt_checks import check_prompts
 from kpo_cli.data.prompts import Prompt, PromptBuilder
 from kpo_cli.errors import UserError
-from kpo_cli.evaluation.benchmarks import load_benchmarks
+from kpo_cli.evaluation.benchmarks import Files, load_benchmarks
 from kpo_cli.policy.load import Policy, choose_device, load_policy, share_threads
 from kpo_cli.policy.lora import merge_in_forward, without_adapters
 from kpo_cli.policy.memory import max_tokens
@@ -46,7 +48,9 @@ def assemble(
     builder = PromptBuilder(policy.tokenizer, config.model, config.data)
     train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
     heldout, heldout_dropped = builder.build_all(problems.heldout, rollout.max_prompt_tokens, "held-out")
-    benchmarks = _benchmark_prompts(config, builder)
+    benchmarks, benchmark_notes = _benchmarks(config, problems, builder)
+    asked = [*train_prompts, *heldout, *(prompt for prompts in benchmarks.values() for prompt in prompts)]
+    prompt_notes = check_prompts(builder, asked, policy.stop_ids)
     if len(train_prompts) < trainer.prompts_per_step:
         raise UserError(
             f"trainer.prompts_per_step={trainer.prompts_per_step} but there are only {len(train_prompts)} training "
@@ -78,14 +82,18 @@ def assemble(
     job = Training(
         config, policy, sampler, check, updater, demonstrations, train_prompts, heldout, benchmarks, builder.templated
     )
-    notes = notes_of(job, problems.overlap, problems.duplicates, dropped + heldout_dropped)
-    return job, progress, [*note, *offload_notes, *engine_notes, *notes]
+    notes = notes_of(job, problems, dropped + heldout_dropped)
+    return job, progress, [*note, *offload_notes, *engine_notes, *notes, *prompt_notes, *benchmark_notes]
 
 
-def _benchmark_prompts(config: TrainConfig, builder: PromptBuilder) -> dict[str, list[Prompt]]:
-    chosen, longest = config.trainer.eval, config.rollout.max_prompt_tokens
-    benchmarks = {}
-    for benchmark in load_benchmarks(chosen.benchmarks, config.known, chosen.data_dir):
+def _benchmarks(
+    config: TrainConfig, problems: ProblemSets, builder: PromptBuilder
+) -> tuple[dict[str, list[Prompt]], list[str]]:
+    """The prompts of trainer.eval.benchmarks, and what the user should know of them."""
+    evaluation, longest = config.trainer.eval, config.rollout.max_prompt_tokens
+    benchmarks, notes = {}, []
+    files = Files(evaluation.data, evaluation.data_dir, "trainer.eval.")
+    for benchmark in load_benchmarks(evaluation.benchmarks, config.known, files):
         prompts, too_long = builder.build_all(benchmark.problems, longest, benchmark.name)
         if too_long:
             raise UserError(
@@ -93,7 +101,11 @@ def _benchmark_prompts(config: TrainConfig, builder: PromptBuilder) -> dict[str,
                 f"problem of a benchmark may be left out; raise it"
             )
         benchmarks[benchmark.name] = prompts
-    return benchmarks
+        notes += benchmark.notes
+        held = [problem.problem for problem in benchmark.problems]
+        if shared := shared_problems((problem.problem for problem in problems.train), held):
+            notes.append(f"warning: {shared} training problems stand in the benchmark {benchmark.name} of trainer.eval")
+    return benchmarks, notes
 
 
 def _beginning(config: TrainConfig) -> Progress:
@@ -153,7 +165,9 @@ def complete(config: TrainConfig, policy: Policy) -> TrainConfig:
 
     threads = config.trainer.threads or len(os.sched_getaffinity(0))
     evaluation = PeriodicEvalConfig(
-        [absolute(name) or name for name in config.trainer.eval.benchmarks], absolute(config.trainer.eval.data_dir)
+        [absolute(name) or name for name in config.trainer.eval.benchmarks],
+        absolute(config.trainer.eval.data_dir),
+        config.trainer.eval.data,
     )
     return dataclasses.replace(
         config,

@@ -4,19 +4,22 @@ from typing import Any
 
 import torch
 
-from kpo_cli.config import data_label, model_label
+from kpo_cli.config import TrainConfig, data_label, model_label, resolve_filter
+from kpo_cli.core.methods import METHODS
 from kpo_cli.data.load import ProblemSets
 from kpo_cli.runs.directory import make_manifest
 from kpo_cli.training.display import describe_filter
 from kpo_cli.training.loop import Training
 
 
-def notes_of(job: Training, overlap: dict[str, int], duplicates: int, dropped: int) -> list[str]:
+def notes_of(job: Training, problems: ProblemSets, dropped: int) -> list[str]:
+    """`dropped` prompts were too long."""
     config = job.config
     notes = [
         f"method: {config.method.name} = {config.filter['name']} filter, {_stage(config.method.surrogate)} surrogate, "
         f"{_stage(config.method.aggregation)}",
         *describe_filter(config.filter, config.rollout.max_response_tokens),
+        *_own_noise(config),
         f"model: {model_label(config.model)}, {job.policy.parameters:,} parameters, {job.policy.dtype} on "
         f"{job.policy.model.device}, {config.trainer.threads} CPU thread{'s' * (config.trainer.threads != 1)}, "
         f"{'its chat template' if job.templated else 'plain text'}",
@@ -34,14 +37,15 @@ def notes_of(job: Training, overlap: dict[str, int], duplicates: int, dropped: i
         trained = sum(p.numel() for p in job.policy.model.parameters() if p.requires_grad)
         scale = config.model.lora.scaled_alpha / lora
         notes.insert(-1, f"lora: rank {lora}, scale {scale:g}, {trained:,} trained parameters beside frozen weights")
-    if overlap:
-        found = ", ".join(f"{count} in {name}" for name, count in overlap.items())
+    if problems.overlap:
+        found = ", ".join(f"{count} in {name}" for name, count in problems.overlap.items())
         notes.append(f"warning: training problems that stand in benchmarks: {found}")
-    if duplicates or dropped:
+    if problems.duplicates or problems.limited or dropped:
         notes.append(
-            f"left out: {duplicates} duplicate problems, {dropped} prompts of more than "
-            f"{config.rollout.max_prompt_tokens} tokens"
+            f"left out of {problems.rows} rows: {problems.duplicates} duplicate problems, {dropped} prompts of more "
+            f"than {config.rollout.max_prompt_tokens} tokens, {problems.limited} behind data.limit"
         )
+    notes += problems.notes
     notes.append(f"first prompt: {job.train[0].text!r}")
     if config.trainer.mini_batches == 1:
         notes.append(
@@ -49,6 +53,20 @@ def notes_of(job: Training, overlap: dict[str, int], duplicates: int, dropped: i
             "a comparison made here says nothing"
         )
     return notes
+
+
+def _own_noise(config: TrainConfig) -> list[str]:
+    """A line where a data preset or an experiment, and not the command line, gave the filter another noise."""
+    own, given = METHODS.get(config.method.name), config.method.filter_defaults
+    noise = resolve_filter({"name": config.filter["name"], "q": None}, config.method) if "q" in config.filter else {}
+    if own is None or "q" not in own.filter_defaults or given.get("time_constant") is None:
+        return []
+    if noise.get("q") != config.filter["q"]:
+        return []
+    return [
+        f"note: this noise is data={config.data.name}'s or the experiment's (method.filter_defaults), for responses of "
+        f"its length; method={config.method.name} alone has filter.q={own.filter_defaults['q']:g}"
+    ]
 
 
 def _stage(stage: dict[str, Any]) -> str:
@@ -64,6 +82,7 @@ def manifest_of(job: Training, problems: ProblemSets) -> dict[str, Any]:
             "sha256": problems.sha256,
             "train": len(job.train),
             "heldout": len(job.heldout),
+            "rows": problems.rows,
             "duplicates": problems.duplicates,
             "benchmark_overlap": problems.overlap,
         },

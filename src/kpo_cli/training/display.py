@@ -117,11 +117,27 @@ def describe_filter(filter_parameters: dict[str, Any], length: int) -> list[str]
     if q is None or v is None:
         return [f"filter: {name}"]
     meaning = kalman_meaning(q, v, length)
-    lines = [
+    line = (
         f"filter: {name}, Q/V = {meaning.q_over_v:.3g}: time constant {meaning.time_constant:,.0f} tokens, steady gain "
         f"{meaning.steady_gain:.3g}; {meaning.share_passed:.1%} of a constant shift shows after {length} tokens"
-    ]
-    if meaning.share_passed < 0.05 and name in ("kalman", "kalman_robust"):
+    )
+    return [line, *_passes_nothing(name, meaning.share_passed, length)]
+
+
+def measured_filter(filter_parameters: dict[str, Any], length: int, longest: int) -> list[str]:
+    """The same at the length that responses turned out to have; `longest` is what `describe_filter` was told."""
+    name, q, v = filter_parameters["name"], filter_parameters.get("q"), filter_parameters.get("v")
+    if q is None or v is None:
+        return []
+    share = kalman_meaning(q, v, length).share_passed
+    known = _passes_nothing(name, kalman_meaning(q, v, longest).share_passed, longest)
+    line = f"filter: {share:.1%} of a constant shift shows after {length} tokens, the mean response of step 1"
+    return [line, *([] if known else _passes_nothing(name, share, length))]
+
+
+def _passes_nothing(name: str, share_passed: float, length: int) -> list[str]:
+    lines = []
+    if share_passed < 0.05 and name in ("kalman", "kalman_robust"):
         lines.append(
             f"warning: the filter passes next to nothing in {length} tokens, so the ratio is 1 for every purpose; "
             f"for responses of this length try filter.time_constant={max(1, length // 3)}"
@@ -138,6 +154,10 @@ def result_table(summary: dict[str, Any]) -> Table:
         table.add_row(kind, *(_with_interval(summary[key], summary["heldout_problems"]) for key in (before, after)))
     lengths = [f"{summary[key]:.0f}" for key in ("response_length_before", "response_length_after")]
     table.add_row("greedy response, tokens", *lengths)
+    for name, of in summary["benchmarks"].items():
+        for kind in ("greedy", "sampled"):
+            accuracies = [_with_interval(of[f"{kind}_{when}"], of["problems"]) for when in ("before", "after")]
+            table.add_row(f"{name}, {kind} accuracy", *accuracies)
     return table
 
 

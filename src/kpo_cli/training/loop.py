@@ -29,7 +29,7 @@ from kpo_cli.rollout import Sampler
 from kpo_cli.rollout.check import SamplerCheck
 from kpo_cli.runs.checkpoints import Progress
 from kpo_cli.runs.directory import RunDir
-from kpo_cli.training.display import Display
+from kpo_cli.training.display import Display, measured_filter
 from kpo_cli.training.optimizer import leave_device
 from kpo_cli.training.records import record_ratios
 from kpo_cli.training.saving import Saver
@@ -81,6 +81,10 @@ def train(job: Training, run: RunDir, progress: Progress, display: Display) -> N
             with saver.keeping(progress, f"evaluation after step {step}"):
                 _report(job, run, metrics, batch, record, display)
             display.stepped(metrics)
+            if step == 1:
+                longest = job.config.rollout.max_response_tokens
+                for line in measured_filter(job.config.filter, round(metrics["response_length_mean"]), longest):
+                    display.say(line)
             if last or stopping or _due(step, config.checkpoint_every):
                 saver.save(progress)
             if stopping and not last:
@@ -269,7 +273,7 @@ def _next_prompts(job: Training, progress: Progress) -> list[int]:
 
 def _grade(job: Training, prompts: list[Prompt], responses: list[list[Response]]) -> list[Verdict]:
     pairs = [
-        (job.policy.decode(response.token_ids), prompt.problem.answer)
+        (prompt.opening + job.policy.decode(response.token_ids), prompt.problem.answer)
         for prompt, group in zip(prompts, responses, strict=True)
         for response in group
     ]

@@ -7,11 +7,11 @@ from typing import Any
 from kpo_cli.config import TrainConfig, as_dict, data_label, model_label, train_config
 from kpo_cli.data.load import load_problems
 from kpo_cli.errors import UserError
-from kpo_cli.policy.load import load_policy, model_identity
+from kpo_cli.policy.load import load_policy
 from kpo_cli.runs.checkpoints import Progress, resumable_checkpoint
 from kpo_cli.runs.directory import RunDir, check_new, default_run_dir, path_of
 from kpo_cli.training.assemble import assemble, complete, make_objective, with_engine
-from kpo_cli.training.check import changed_config, check_fit, value_at
+from kpo_cli.training.check import changed_config, check_first_prompt, check_fit, check_there, check_unchanged, value_at
 from kpo_cli.training.describe import manifest_of
 from kpo_cli.training.display import Display
 from kpo_cli.training.loop import Training, train
@@ -54,18 +54,15 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         config = with_engine(changed_config(stored, raw, overrides))
         objective = make_objective(config)
         checkpoint, damaged = resumable_checkpoint(path)
+        check_there(path, config)
         problems = load_problems(config.data)
-        manifest = run.manifest()
-        for what, same in (
-            (config.data.path, problems.sha256 == manifest["data"]["sha256"]),
-            (config.model.path, manifest["model"].items() >= model_identity(config.model).items()),
-        ):
-            if not same:
-                raise UserError(f"{what} has changed since {path} began; put it back or start a new run")
+        check_unchanged(path, config, problems, run.manifest())
         fit = check_fit(config, path)
         policy = load_policy(config.model, checkpoint)
+        config = complete(config, policy)
         display = Display(config.trainer.steps)
         job, progress, notes = assemble(config, objective, problems, policy, display, checkpoint)
+        check_first_prompt(path, job.train[0], run.manifest())
         last = config.trainer.steps
         if progress.step > last:
             raise UserError(f"{path} is at step {progress.step} already; trainer.steps={last} lies behind it")

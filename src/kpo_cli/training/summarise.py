@@ -23,6 +23,15 @@ def summarise(job: Training, run: RunDir) -> dict[str, Any]:
         "sampled_after": last["accuracy_sampled"],
         "response_length_before": first["response_length_greedy"],
         "response_length_after": last["response_length_greedy"],
+        "benchmarks": {
+            name: {
+                f"{kind}_{when}": row[f"accuracy_{kind}/{name}"]
+                for kind in ("greedy", "sampled")
+                for when, row in (("before", first), ("after", last))
+            }
+            | {"problems": len(prompts)}
+            for name, prompts in job.benchmarks.items()
+        },
         "response_tokens": sum(row.get("response_tokens", 0) for row in rows),
         "wall_time": sum(row.get("time_step", 0.0) + row.get("time_eval", 0.0) for row in rows),
     }
