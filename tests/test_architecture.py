@@ -87,7 +87,8 @@ FLOORS = (
     {"data"},
     {"rewards", "runs", "intervals"},
     {"config"},
-    {"core", "errors"},
+    {"terminal"},
+    {"core", "errors", "signals"},
 )
 """A room imports from the floors below its own, and from no other room on its own."""
 WINGS = ("compare", "report", "statistics")
@@ -147,7 +148,7 @@ def test_the_command_line_imports_nothing_heavy():
     allowed = {"typer", PACKAGE, *sys.stdlib_module_names}
     eager = [found for found in imports("cli/main") + imports("__main__") + imports("__init__") if not found.lazy]
     assert [found for found in eager if top(found) not in allowed] == []
-    assert {ours(found) for found in eager} <= {None, "cli", "errors"}
+    assert {ours(found) for found in eager} <= {None, "cli", "errors", "signals", "terminal"}
 
 
 def test_configuration_is_plain_python():
@@ -166,7 +167,7 @@ def test_what_reads_the_command_imports_no_torch(part: str):
     runs/ratios and runs/checkpoints, which no command line needs."""
     assert [found for found in imports(part) if top(found) in ("torch", "transformers")] == []
     eager = {ours(found) for found in imports(part) if not found.lazy}
-    assert eager <= {None, "cli", "config", "errors", "runs"}
+    assert eager <= {None, "cli", "config", "errors", "runs", "signals", "terminal"}
     assert not {f"kpo_cli.runs.{name}" for name in ("ratios", "checkpoints")} & {f.module for f in imports(part)}
 
 
@@ -185,6 +186,7 @@ def test_analysis_reads_files_only():
         "config",
         "core",
         "errors",
+        "terminal",
     }
 
 
@@ -194,3 +196,75 @@ def test_no_import_goes_to_a_module_that_is_not_there():
             if ours(found):
                 target = SOURCE.joinpath(*found.module.split("."))
                 assert target.with_suffix(".py").is_file() or target.is_dir(), found
+
+
+# --- what files and terminals are given
+
+
+def calls(path: Path) -> Iterator[ast.Call]:
+    yield from (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call))
+
+
+def called(call: ast.Call) -> str:
+    """The last name of what is called: `open` for open(...) and for path.open(...)."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def in_the_locales_encoding(call: ast.Call) -> bool:
+    """Reads or writes text without naming its encoding; a mode with a b, or a name that is not Python's, is none."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    name, method = called(call), isinstance(call.func, ast.Attribute)
+    if name in ("read_text", "write_text"):
+        # As a method of a path; our own functions of these names know UTF-8 only.
+        return method and len(call.args) < (1 if name == "read_text" else 2) and "encoding" not in given
+    if name in ("run", "Popen", "check_output"):
+        return "text" in given or "universal_newlines" in given
+    if name not in ("open", "fdopen") or (method and getattr(call.func, "value", None) is None):
+        return False
+    if isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in ("os", "RunDir", "cls"):
+        return name == "fdopen"
+    mode = given.get("mode") or next(iter(call.args[0 if method else 1 :]), None)
+    binary = isinstance(mode, ast.Constant) and "b" in str(mode.value)
+    return not binary and "encoding" not in given
+
+
+WHOLE_LINES = {"kpo_cli/runs/directory.py": 1}
+"""Where splitlines() is right: the first line of an error's text."""
+
+
+def sources() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def test_the_reader_of_calls_sees_them():
+    wrong = ("p.read_text()", "p.write_text(t)", "open(p)", "p.open('w')", "open(p, 'a')", "run(c, text=True)")
+    right = ("p.read_text('utf-8')", "p.open('rb')", "open(p, encoding='utf-8')", "os.open(p, f)", "write_text(p, t)")
+    for source, expected in [*((s, True) for s in wrong), *((s, False) for s in right)]:
+        (call,) = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+        assert in_the_locales_encoding(call) is expected, source
+
+
+def test_texts_are_utf_8_whatever_the_locale():
+    assert [
+        (path.relative_to(SOURCE).as_posix(), call.lineno)
+        for path in sources()
+        for call in calls(path)
+        if in_the_locales_encoding(call)
+    ] == []
+
+
+def test_lines_end_at_newlines():
+    """str.splitlines() cuts at U+2028, U+0085, \\v, \\f, \\x1c too, which JSON lets stand in a text."""
+    found = {path.relative_to(SOURCE).as_posix(): path.read_text("utf-8").count(".splitlines(") for path in sources()}
+    assert {name: count for name, count in found.items() if count} == WHOLE_LINES
+
+
+def test_what_is_printed_goes_through_the_terminal_module():
+    """There, what a terminal would obey is made printable, and what cannot be printed ends no run."""
+    own = {"kpo_cli/terminal.py", "kpo_cli/builtin/warmup.py"}  # the second makes the shipped policy, from a checkout
+    printing = {
+        path.relative_to(SOURCE).as_posix() for path in sources() for call in calls(path) if called(call) == "print"
+    }
+    assert printing <= own
+    written = [path for path in sources() if "sys.stdout" in (text := path.read_text("utf-8")) or "sys.stderr" in text]
+    assert {path.relative_to(SOURCE).as_posix() for path in written} <= {"kpo_cli/cli/main.py", "kpo_cli/terminal.py"}

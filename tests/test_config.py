@@ -20,17 +20,17 @@ from kpo_cli.evaluation.benchmarks import BenchmarkSource
 from kpo_cli.evaluation.config import EvalConfig
 from kpo_cli.training.main import make_objective
 
-GROUPS = ["model", "method", "filter", "data", "rollout", "trainer", "experiment"]
+GROUPS = ["model", "method", "filter", "data", "rollout", "trainer", "experiment", "pair"]
 """Those of `kpo train` with a choice; `benchmark` and the groups of other commands have their own tests."""
 FILES = {group: sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")) for group in GROUPS}
 REQUIRED = {("model", "hub"): ["model.path=org/name"], ("data", "file"): ["data.path=x.jsonl"]}
 
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in FILES.items() for name in names])
-@pytest.mark.parametrize("without", [[], ["~experiment"]], ids=["experiment", "no-experiment"])
+@pytest.mark.parametrize("without", [[], ["~pair"]], ids=["pair", "no-pair"])
 def test_every_file_composes(group: str, name: str, without: list[str]):
-    if group == "experiment" and without:
-        assert "experiment" not in compose(*without)
+    if group == "pair" and without:
+        assert compose(*without) != compose()
         return
     # A filter says nothing about its noise: that is a matter of the method, so take one that does.
     noise = (
@@ -41,7 +41,7 @@ def test_every_file_composes(group: str, name: str, without: list[str]):
     raw = compose(f"{group}={name}", *REQUIRED.get((group, name), []), *noise, *without)
     config = train_config(raw)
     make_objective(config)
-    if group not in ("experiment", "trainer", "filter"):  # a filter's file may be a variant of a filter
+    if group not in ("experiment", "pair", "trainer", "filter"):  # a filter's file may be a variant of a filter
         assert raw[group]["name"] == name
 
 
@@ -84,7 +84,7 @@ def test_the_filter_of_the_command_line_wins_over_the_methods():
 
 @pytest.mark.parametrize("method", list_methods())
 def test_yaml_and_presets_agree(method: str):
-    config = train_config(compose(f"method={method}", "~experiment"))
+    config = train_config(compose(f"method={method}", "~pair"))
     assert make_objective(config) == load_objective(method)
     assert config.method.name == method
 
@@ -97,7 +97,7 @@ def kalman_methods() -> list[str]:
     return [method for method in FILES["method"] if "time_constant" in compose(f"method={method}")["filter"]]
 
 
-def test_the_builtin_experiment_sets_the_time_constant_of_every_kalman_method():
+def test_the_builtin_pair_sets_the_time_constant_of_every_kalman_method():
     methods = kalman_methods()
     assert {"kpo", "kpo_unclipped"} <= set(methods)
     for method in methods:
@@ -107,10 +107,10 @@ def test_the_builtin_experiment_sets_the_time_constant_of_every_kalman_method():
 
 @pytest.mark.parametrize("method", ["kpo", "kpo_unclipped"])
 def test_the_users_noise_wins(method: str):
-    for experiment in ([], ["~experiment"]):
-        own = train_config(compose(f"method={method}", "filter.q=2e-5", *experiment)).filter
+    for pair in ([], ["~pair"]):
+        own = train_config(compose(f"method={method}", "filter.q=2e-5", *pair)).filter
         assert (own["q"], own["v"]) == (2e-5, 1.0)
-        own = train_config(compose(f"method={method}", "filter.time_constant=7", "filter.v=0.5", *experiment)).filter
+        own = train_config(compose(f"method={method}", "filter.time_constant=7", "filter.v=0.5", *pair)).filter
         assert own["q"] == pytest.approx(4 * math.sinh(1 / 14) ** 2 * 0.5, rel=1e-12)
         assert own["v"] == 0.5
         assert own["time_constant"] is None
@@ -143,7 +143,7 @@ def test_q_and_time_constant_exclude_each_other():
     ("method", "others"),
     [
         *((method, []) for method in FILES["method"]),
-        ("kpo", ["~experiment", "model.path=org/name", "model=hub", "trainer.steps=7"]),
+        ("kpo", ["~pair", "model.path=org/name", "model=hub", "trainer.steps=7"]),
         ("gspo", ["data=file", "data.path=x.jsonl", "trainer.warmup_steps=2", "trainer.threads=3"]),
     ],
 )

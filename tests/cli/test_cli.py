@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,9 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from kpo_cli.builtin import POLICY_DIR
 from kpo_cli.cli import main as cli
+from kpo_cli.cli.names import RENAMED, closest, conf_dir, config_keys
 
 Setup = Callable[[Path], Any]
 ROWS = [{"id": f"p{i}", "problem": f"{i}+1?", "answer": str((i + 1) % 10)} for i in range(20)]
@@ -105,12 +109,45 @@ def test_what_hydra_shows(arguments: list[str], expected: list[str], kpo, tmp_pa
     assert not any(tmp_path.iterdir())
 
 
-def test_own_configuration_directory(kpo, tmp_path: Path):
-    (tmp_path / "mine" / "experiment").mkdir(parents=True)
-    (tmp_path / "mine" / "experiment" / "e.yaml").write_text("# @package _global_\ntrainer: {steps: 77}\n")
-    result = kpo("train", "--config-dir", "mine", "experiment=e", "--cfg", "job")
+OWN_PLACES = [["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", "mine"], ["hydra.searchpath=[mine]"]]
+OWN_PLACES += [["hydra.searchpath=[file://mine]"]]
+
+
+@pytest.mark.parametrize("place", OWN_PLACES, ids=" ".join)
+def test_own_experiments(place: list[str], kpo, tmp_path: Path):
+    """They are found, wrong names are refused with the nearest, and the built-in task's own settings stay."""
+    (tmp_path / "mine" / "experiment" / "sub").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "quick.yaml").write_text("# @package _global_\ntrainer: {steps: 77}\n")
+    (tmp_path / "mine" / "experiment" / "sub" / "e.yaml").write_text("# @package _global_\ntrainer: {lr: 3.0e-3}\n")
+    result = kpo("train", *place, "experiment=quick", "--cfg", "job")
     assert (result.code, result.err) == (0, "")
-    assert "steps: 77" in result.out
+    shown = yaml.safe_load(result.out)
+    assert (shown["trainer"]["steps"], shown["trainer"]["lr"]) == (77, 2e-4)
+    assert shown["method"]["filter_defaults"]["time_constant"] == 30
+    shown = yaml.safe_load(kpo("train", *place, "experiment=sub/e", "--cfg", "job").out)
+    assert (shown["trainer"]["steps"], shown["trainer"]["lr"]) == (30, 3e-3)
+    result = kpo("train", *place, "experiment=qiuck")
+    assert (result.code, result.err) == (2, "kpo: experiment=qiuck does not exist; did you mean quick?\n")
+
+
+def test_an_experiment_of_another_model_takes_none_of_the_pairs_settings(kpo):
+    for arguments in (["experiment=paper_qwen3_4b"], ["experiment=null"], ["~experiment"], ["pair=null"]):
+        shown = yaml.safe_load(kpo("train", *arguments, "--cfg", "job").out)
+        assert shown["trainer"]["lr"] == 1e-6, arguments
+        assert shown["method"]["filter_defaults"]["time_constant"] is None
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_help_lists_the_groups_that_the_command_has(command: str, kpo, tmp_path: Path):
+    (tmp_path / "mine" / "method").mkdir(parents=True)
+    (tmp_path / "mine" / "method" / "own_one.yaml").write_text("name: own_one\n")
+    listed = re.findall(r"^(\w+): ", kpo("train" if command == "train" else "eval", "--help").out, re.MULTILINE)
+    defaults = yaml.safe_load((conf_dir() / f"{command}.yaml").read_text())["defaults"]
+    groups = {key.removeprefix("optional ") for entry in defaults if isinstance(entry, dict) for key in entry}
+    known = {path.name for path in conf_dir().iterdir() if path.is_dir()}
+    assert set(listed) & known == {group for group in groups if not group.startswith("override")} & known
+    if command == "train":
+        assert "own_one" in kpo("train", "--help", "--config-dir", "mine").out
 
 
 # --- bad input: exit code 2, one line, nothing left behind
@@ -142,16 +179,23 @@ def refused(kpo, small: list[str], tmp_path: Path, tree) -> Callable[..., str]:
         ("methd=kpo", "did you mean method?"),
         ("method=kpp", "method=kpp does not exist; did you mean kpo?"),
         ("filter=kalmn", "did you mean kalman?"),
-        ("experiment=tiny_fil", "did you mean tiny_file?"),
+        ("experiment=long_arithmetic_cp", "did you mean long_arithmetic_cpu?"),
         ("experiment=", "choose one experiment of"),
+        ("pair=tiny_fil", "pair=tiny_fil does not exist; did you mean tiny_file?"),
+        ("experiment=e --config-dir .", "experiment=e does not exist"),
+        ("-m experiment=paper_qwen3_4b,papr_qwen3_4b", "experiment=papr_qwen3_4b does not exist; did you mean paper"),
+        ("-m method=glob(nope*)", "the sweep has no jobs"),
         ("rollout.top_p=0.9", "unknown key rollout.top_p"),
         ("+rollout.top_k=50", "unknown key rollout.top_k"),
         ("data.fields.problm=x", "did you mean data.fields.problem?"),
         ("+new.key=1", "unknown key new"),
         ("++trainer.foo=1", "unknown key trainer.foo"),
         ("+seed=1", "cannot set seed"),
-        ("~trainer.lr", "trainer.lr is missing"),
-        ("~method", "method.name is missing"),
+        ("~trainer.lr", "~trainer.lr: trainer.lr cannot be removed; leave ~trainer.lr out, or set it with trainer.lr="),
+        ("~trainer.lr=1e-6", "trainer.lr cannot be removed"),
+        ("~trainer.eval", "trainer.eval cannot be removed"),
+        ("~data.fields.id", "data.fields.id cannot be removed"),
+        ("~method", "method cannot be removed"),
         ("~nope", "nope"),
         ("method=null", "choose one method of: "),
         ("trainer=null", "choose one trainer of: default"),
@@ -177,8 +221,9 @@ def refused(kpo, small: list[str], tmp_path: Path, tree) -> Callable[..., str]:
         ("seed=${seed}", "seed"),
         ("seed=${oc.env:KPO_NOT_SET}", "KPO_NOT_SET"),
         ("seed=1,2", "Ambiguous value"),
-        ("data.path=~/x.jsonl", """needs quotes of its own: 'data.path="~/x.jsonl"'"""),
-        ("run_dir=a=b", """needs quotes of its own: 'run_dir="a=b"'"""),
+        ("trainer.betas=~/x", """needs quotes of its own: 'trainer.betas="~/x"'"""),
+        ("trainer.eval.benchmarks=arithmetic", "must be a list: trainer.eval.benchmarks=[arithmetic]"),
+        ("trainer.eval.benchmarks=a,b", "must be a list: trainer.eval.benchmarks=[a,b]"),
     ],
 )
 def test_words_that_kpo_does_not_know(arguments: str, hint: str, refused):
@@ -389,6 +434,36 @@ def test_bad_models(setup: Setup, arguments: list[str], hint: str, refused, tmp_
     assert hint in refused(*arguments)
 
 
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_names_of_other_trainers(command: str, kpo):
+    """Each of them is answered with a key that exists; and none of them is a key of ours itself."""
+    known = config_keys(command)
+    keys = [key for key in RENAMED if key in known]
+    assert len(keys) > (30 if command == "train" else 3)
+    for key in keys:
+        for theirs in RENAMED[key].split():
+            assert theirs not in known
+            assert closest(f"actor.{theirs}", known) in (key, closest(theirs, known))
+    for given, ours in OTHERS[command].items():
+        assert kpo(command, f"{given}=1").err == f"kpo: unknown key {given}; did you mean {ours}?\n"
+
+
+OTHERS = {
+    "train": {
+        "trainer.batch_size": "trainer.prompts_per_step",
+        "trainer.learning_rate": "trainer.lr",
+        "rollout.n": "trainer.group_size",
+        "num_generations": "trainer.group_size",
+        "actor_rollout_ref.actor.optim.lr": "trainer.lr",
+        "actor_rollout_ref.rollout.n": "trainer.group_size",
+        "data.train_batch_size": "trainer.prompts_per_step",
+        "data.max_response_length": "rollout.max_response_tokens",
+        "output_dir": "run_dir",
+    },
+    "eval": {"max_new_tokens": "eval.max_tokens", "eval.n_samples": "eval.n", "tasks": "benchmarks"},
+}
+
+
 def test_a_bad_model_is_one_line_of_a_real_process_too(run_kpo, tmp_path: Path):
     """Libraries write to the process's stderr behind the back of a test in this one."""
     policy(lambda m: os.truncate(m / "model.safetensors", 1000))(tmp_path)
@@ -473,12 +548,14 @@ def test_resume_from_a_configuration_that_is_none(kpo, tmp_path: Path):
         assert result.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["it's a b", 'say "x"', "a=b,c", "Größe-訓練", "a\\b", "x/y/z", "7", "[x] (1) $HOME"])
+@pytest.mark.parametrize("name", ["it's a b=c,d", "Größe-訓練", "x/y/z", "2026_11_26", "[x] (1) $HOME ${ \\b \x1b[1m"])
 def test_odd_names_of_run_directories(name: str, kpo, small: list[str], tmp_path: Path):
-    from kpo_cli.cli.compose import quote_value
-
-    result = kpo("train", *small, f"run_dir={quote_value(name)}")
+    result = kpo("train", *small, f"run_dir={name}")
     assert (result.code, result.err) == (0, "")
+    assert "\x1b" not in result.out
+    again = next(line for line in result.out.splitlines() if line.startswith("next:"))
+    resumed = shlex.split(again, comments=True)[1:]
+    assert "\x1b" in name or resumed[2:] == [f"resume={name}", "trainer.steps=2"]
     assert (tmp_path / name / "summary.json").is_file()
     assert (tmp_path / name.split("/")[0]) in list(tmp_path.iterdir())
     assert len(list(tmp_path.iterdir())) == 1

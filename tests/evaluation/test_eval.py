@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -131,6 +132,51 @@ def test_killed_anywhere_the_same_command_makes_every_sample_once(moment, tmp_pa
     assert Counter((row["place"], row["sample"]) for row in rows(out)) == {
         (i, j): 1 for i in range(6) for j in range(2)
     }
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_asked_to_end_it_keeps_what_it_sampled(number, tmp_path, kpo, monkeypatch):
+    """As a command, whose own handlers make one thing of all three."""
+    real = HFSampler.sample
+    calls = []
+
+    def sample(self, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(HFSampler, "sample", sample)
+    result = kpo("eval", "builtin", *SMALL, "run_dir=a=b")
+    assert result.code == 130
+    assert result.err == "kpo: interrupted; the samples made are in a=b, the same command goes on\n"
+    kept = rows(tmp_path / "a=b")
+    assert len(kept) == 2 * 4
+    again = kpo("eval", "builtin", *SMALL, "run_dir=a=b")
+    assert (again.code, again.err) == (0, "")
+    assert rows(tmp_path / "a=b")[: len(kept)] == kept
+    assert len(calls) == 4
+
+
+def test_checkpoints_of_one_name_are_told_apart(trained, tmp_path, capsys):
+    """Two copies of a model, and one beside itself; a run's checkpoints/ are its newest."""
+    newest = sorted((trained / "checkpoints").iterdir())[-1]
+    for place in ("one", "two"):
+        shutil.copytree(newest, tmp_path / place / "model")
+    labels = [
+        evaluate(tmp_path / f"e{i}", f"checkpoint='{first}'", f"vs='{second}'", "eval.limit=1")["subjects"]
+        for i, (first, second) in enumerate(
+            [
+                (tmp_path / "one/model", tmp_path / "two/model"),
+                (tmp_path / "one/model", tmp_path / "one/model"),
+                (trained / "checkpoints", tmp_path / "one/model"),
+            ]
+        )
+    ]
+    assert labels[0] == {"checkpoint": "one-model", "vs": "two-model"}
+    assert labels[1] == {"checkpoint": "model", "vs": "model (vs)"}
+    assert labels[2]["checkpoint"].endswith(newest.name)
+    assert "one-model minus two-model" in capsys.readouterr().out
 
 
 def test_the_same_command_again_samples_nothing(tmp_path, monkeypatch):

@@ -211,6 +211,16 @@ def test_a_bad_line_is_named(tmp_path, lines, message):
         read(path)
 
 
+def test_lines_of_an_export_end_at_newlines(tmp_path):
+    """A mark of the byte order, carriage returns within a line and after it, and separators in a response."""
+    text = "a\u2028b\x85c\vd\re"
+    row = json.dumps({**ROWS[0], "response": text}, ensure_ascii=False)
+    content = "\ufeff" + row.replace(", ", ",\r") + "\r\n" + row + "\n"
+    (tmp_path / "a.jsonl").write_bytes(content.encode())
+    (batch,) = read(tmp_path / "a.jsonl")
+    assert list(batch.texts) == [text, text]
+
+
 def test_bad_exports_are_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(BadRecord, match="truncated or not a parquet file"):

@@ -50,7 +50,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[Ratios, dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     places: list[str] = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     rows.append(_parsed(line, number))

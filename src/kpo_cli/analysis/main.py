@@ -1,7 +1,6 @@
 """`kpo analyze`, from configuration to files."""
 
 import os
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from kpo_cli.analysis.report.words import summary
 from kpo_cli.analysis.source import Source, find_source
 from kpo_cli.analysis.statistics.analyse import analyse
 from kpo_cli.errors import UserError
+from kpo_cli.terminal import complain, make_console, say, show
 
 
 def run(raw: dict[str, Any]) -> None:
@@ -25,7 +25,7 @@ def run(raw: dict[str, Any]) -> None:
     config = analyze_config(raw)
     sources = [find_source(path) for path in config.paths]
     torch.set_num_threads(1)  # rows are short: more threads only wait for each other
-    console = Console(highlight=False)
+    console = make_console()
     if config.watch:
         from kpo_cli.analysis.watch import watch
 
@@ -46,27 +46,26 @@ def analyse_one(source: Source, folder: Path, config: AnalyzeConfig, console: Co
         found["summary"] = summary(found)
         write_analysis(analysis, folder, config, bar.stage)
     for problem in source.problems:
-        print(f"kpo: {problem}", file=sys.stderr)
+        complain(f"kpo: {problem}")
     _print(found, console)
     what = "report.html, analysis.json and figures" if config.report else "analysis.json"
-    console.print(
-        f"{what} are in {folder}" if config.report else f"{what} is in {folder}", markup=False, soft_wrap=True
-    )
+    say(console, f"{what} {'are' if config.report else 'is'} in {folder}")
     return found
 
 
 def _print(found: dict[str, Any], console: Console) -> None:
-    console.print(found["summary"], markup=False)
+    say(console, found["summary"], wrap=True)
     for table in terminal_tables(found):
-        console.print()
-        console.print(table.for_terminal())
+        say(console)
+        show(console, table.for_terminal())
     if found["subsample"]:
         sample = found["subsample"]
-        console.print(
+        say(
+            console,
             f"\nvalue: all off-policy tokens, with its interval over prompts. sample, shuffled, signs flipped: "
             f"{sample['responses']} responses drawn at random (seed {sample['seed']}), and 95% of "
             f"{found['settings']['nulls']['draws']} draws of each null; *: the sample lies outside, p < 0.05",
-            markup=False,
+            wrap=True,
         )
 
 

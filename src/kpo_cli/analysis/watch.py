@@ -5,7 +5,6 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.text import Text
 
 from kpo_cli.analysis.compare.curves import Run, load_run
 from kpo_cli.analysis.config import AnalyzeConfig
@@ -16,6 +15,7 @@ from kpo_cli.analysis.statistics.spectrum import spectra
 from kpo_cli.analysis.statistics.sums import response_sums, statistics
 from kpo_cli.errors import UserError
 from kpo_cli.runs.ratios import BadRecord
+from kpo_cli.terminal import text_of
 
 SHOWN = {
     "reward_mean": "reward",
@@ -48,13 +48,13 @@ def watch(source: Source, config: AnalyzeConfig, console: Console) -> None:
 def view(source: Source, series: list[Series], config: AnalyzeConfig, finished: bool) -> Group:
     """What the run looks like now."""
     assert source.run is not None
-    parts: list[Any] = [Text(f"{source.run}: {'finished' if finished else 'in progress, Ctrl-C to leave'}")]
+    parts: list[Any] = [text_of(f"{source.run}: {'finished' if finished else 'in progress, Ctrl-C to leave'}")]
     try:
         parts.append(steps_table(load_run(source.name, source.run)).for_terminal())
     except UserError as error:
-        parts.append(Text(str(error)))
+        parts.append(text_of(str(error)))
     newest = ratios_table(source, series, config)
-    return Group(*parts, newest.for_terminal() if newest else Text("no ratios recorded yet"))
+    return Group(*parts, newest.for_terminal() if newest else text_of("no ratios recorded yet"))
 
 
 def steps_table(run: Run) -> Table:

@@ -1,13 +1,13 @@
 """Hands the arguments to hydra.main, and turns what Hydra raises into one line.
 
-Hydra's own behaviour stays: overrides, groups, --cfg, --help, -m, plugins. Four things are added:
+Hydra's own behaviour stays: overrides, groups, --cfg, --help, -m, plugins. Five things are added:
 - `model.path=` and `data.path=` alone choose the groups `model=hub` and `data=file`;
+- paths and other texts arrive as they were typed (`texts`);
 - errors name the nearest key and become a UserError (exit code 2) instead of a stack trace (exit code 1);
 - a job gets plain containers and the list of its overrides;
 - sweeps run every job in a process of its own (`hydra_plugins.kpo_isolated_launcher`).
 """
 
-import difflib
 import logging
 import os
 import re
@@ -18,24 +18,23 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from kpo_cli.cli.grammar import MULTIRUN, OPTIONS_WITH_VALUE, parse, quote_value, split_arguments, value_of
+from kpo_cli.cli.names import closest, conf_dir, config_keys, groups_of, hint_of
+from kpo_cli.cli.texts import CALL, PATH_LISTS, as_typed, expanded
 from kpo_cli.errors import UserError
 from kpo_cli.runs.directory import check_new, missing_parents, remove_empty
 
 IMPLIED_GROUPS = {"model.path": "model=hub", "data.path": "data=file"}
+OPTIONAL_GROUPS = ("experiment", "pair")
+COMPLETION = {"-sc", "--shell-completion"}
+NO_SETTINGS = ("experiment=null", "~experiment", "pair=null", "~pair")
+"""Ways to ask for the defaults alone."""
 OPEN_MAPPINGS = ("model.chat_template_kwargs", "chat_template_kwargs", "rollout.engine", "eval.engine")
 """Their keys are the chat template's and vLLM's, not ours."""
-OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
-OPTIONS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun"}
-INFO_OPTIONS = {"--info", "-i"}
-INFO_TOPICS = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
 SHOW_TRACES = os.environ.get("HYDRA_FULL_ERROR") == "1"
 """Whether the user asked for stack traces: read here, because the variable is set for Hydra's sake later on."""
-
-
-def conf_dir() -> Path:
-    """The configuration directory: inside the installed package, or at the top of a source checkout."""
-    here = Path(__file__).resolve().parent
-    return next(path for path in (here.parent / "conf", here.parents[2] / "conf") if path.is_dir())
+typed: list[str] = []
+"""The arguments as they were typed, for what a sweep says of itself."""
 
 
 def run_with_hydra(command: str, job: Callable[[dict[str, Any]], None], arguments: list[str]) -> None:
@@ -44,18 +43,26 @@ def run_with_hydra(command: str, job: Callable[[dict[str, Any]], None], argument
     The job gets one dictionary: the configuration, plus `overrides`, the task overrides as typed. Raises UserError.
     """
     import hydra
+    from omegaconf import OmegaConf
 
+    typed[:] = arguments
     flags, overrides = split_arguments(arguments)
     _check_flags(command, flags)
+    sweep = bool(MULTIRUN & set(flags))
+    overrides = [as_typed(override, sweep) for override in overrides]
     _check_overrides(command, flags, overrides)
-    overrides = _with_implied_groups(_open_mappings(_without_null_experiment(overrides)))
+    overrides = _with_implied_groups(_open_mappings(_without_settings(overrides)))
     created: list[Path] = []
-    if {"-m", "--multirun"} & set(flags):
+    if sweep:
         overrides, sweep_dir = _with_sweep_dir(overrides)
         created = [sweep_dir, *missing_parents(sweep_dir)] if not sweep_dir.exists() else []
     logging.raiseExceptions = False  # a closed pipe, as with `--info | head`, is no reason for a stack trace
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are, instead of sys.exit(1)
-    sys.argv = [f"kpo {command}", *flags, *overrides]
+    # Completion asks for the program's name, not the command's.
+    sys.argv = ["kpo" if COMPLETION & set(flags) else f"kpo {command}", *flags, *overrides]
+    OmegaConf.register_new_resolver(
+        "kpo.groups", lambda: _groups_described(command, flags, overrides), replace=True
+    )  # for the help texts: Hydra lists the groups of all commands
     failures: list[UserError] = []
     task = _as_task(command, job, failures)
     main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(task)
@@ -95,35 +102,7 @@ def _as_containers(command: str, config: Any) -> dict[str, Any]:
         plain: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(_explain(command, error)) from error
-    return plain
-
-
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Options (with their values) and overrides, each in order."""
-    flags, overrides, rest = [], [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("-") or argument == "-":
-            overrides.append(argument)
-            continue
-        flags.append(argument)
-        if rest and (argument in OPTIONS_WITH_VALUE or (argument in INFO_OPTIONS and rest[0] in INFO_TOPICS)):
-            flags.append(rest.pop(0))
-    return flags, overrides
-
-
-def with_paths(command: str, arguments: list[str], key: str) -> list[str]:
-    """`arguments` with those that are no options and no settings gathered as `key=[...]`, and --watch as watch=true."""
-    flags, rest = split_arguments(arguments)
-    if {"-m", "--multirun"} & set(flags):
-        raise UserError(f"kpo {command} makes no sweeps; give it all {key} at once")
-    settings = [a for a in rest if ("=" in a or a.startswith("~")) and not os.path.exists(a)]
-    paths = [argument for argument in rest if argument not in settings]
-    if "--watch" in flags:
-        settings.append("watch=true")
-    if paths:
-        settings.append(f"{key}=[{','.join(quote_value(path) for path in paths)}]")
-    return [*(flag for flag in flags if flag != "--watch"), *settings]
+    return expanded(plain)
 
 
 def _check_flags(command: str, flags: list[str]) -> None:
@@ -138,7 +117,7 @@ def _check_flags(command: str, flags: list[str]) -> None:
     for flag in flags:
         name = flag.split("=", 1)[0]
         if name.startswith("--") and name not in parser._option_string_actions:
-            close = _closest(name.lstrip("-").replace("-", "_"), _config_keys(command))
+            close = closest(name.lstrip("-").replace("-", "_"), config_keys(command))
             hint = f", did you mean {close}=...?" if close else ""
             raise UserError(f"no such option {name}; settings are written key=value{hint}")
     given = parser.parse_args(flags)
@@ -152,67 +131,83 @@ def _check_flags(command: str, flags: list[str]) -> None:
 
 def _check_overrides(command: str, flags: list[str], overrides: list[str]) -> None:
     """What Hydra would accept in silence or refuse without saying which."""
-    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
+    groups = groups_of(command)
     for override in overrides:
-        parsed = _parse(override)
+        parsed = parse(override)
         if parsed is None:
             raise UserError(f"cannot read {override!r}; {_how_to_write(override)}")
-        if parsed.key_or_group == "filter.name":  # the other keys would stay those of the old filter
+        key = parsed.key_or_group
+        if key == "filter.name":  # the other keys would stay those of the old filter
             raise UserError(f"{override}: a filter is chosen as a group, filter=NAME")
-        swept = parsed.is_sweep_override()
-        chosen = [parsed.value()] if not swept else list(parsed.sweep_iterator()) if parsed.is_choice_sweep() else []
-        if override == "experiment=null" or parsed.is_delete():
-            continue
-        if parsed.key_or_group in groups:
-            for option in chosen:
-                if not isinstance(option, str) or option in ("", "null"):
-                    options = sorted(path.stem for path in (conf_dir() / parsed.key_or_group).glob("*.yaml"))
-                    raise UserError(f"{override}: choose one {parsed.key_or_group} of: {', '.join(options)}")
-    experiments = {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}
+        if key in PATH_LISTS and not MULTIRUN & set(flags) and not isinstance(parsed._value, list):
+            raise UserError(f"{override} must be a list: {key}=[{override.partition('=')[2]}]")
+        if parsed.is_delete():
+            _check_deletion(command, override, key)
+        elif key in groups and override not in NO_SETTINGS:
+            _check_choice(override, parsed, _options(key, flags, overrides))
+
+
+def _check_deletion(command: str, override: str, key: str) -> None:
+    """A key that a command reads cannot be left out: what it is then would have to be guessed."""
+    if override in NO_SETTINGS or key.startswith(("hydra", "known.", *OPEN_MAPPINGS)):
+        return
+    known = config_keys(command)
+    if key in known or any(name.startswith(f"{key}.") for name in known):
+        raise UserError(f"{override}: {key} cannot be removed; leave {override} out, or set it with {key}=...")
+
+
+def _check_choice(override: str, parsed: Any, options: list[str] | None) -> None:
+    """Each option chosen of a group is a name; of the groups that need not be there, one of `options`, if known.
+
+    Those are optional in the defaults list, so that Hydra passes over a name that does not exist.
+    """
+    group, swept = parsed.key_or_group, parsed.is_sweep_override()
+    is_list = not swept or (parsed.is_choice_sweep() and not CALL.match(override.partition("=")[2]))
+    chosen = [] if not is_list else list(parsed.sweep_iterator()) if swept else [parsed.value()]
+    for option in chosen:
+        if not isinstance(option, str) or option in ("", "null"):
+            names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+            raise UserError(f"{override}: choose one {group} of: {', '.join(names)}")
+        if group in OPTIONAL_GROUPS and options is not None and option not in options:
+            raise UserError(f"{group}={option} does not exist; {hint_of(option, options)}")
+
+
+def _options(group: str, flags: list[str], overrides: list[str]) -> list[str] | None:
+    """Names of a group's files in all directories that Hydra searches; None if one of them cannot be looked into."""
+    folders = [str(conf_dir())]
+    for flag, value in zip(flags, [*flags[1:], ""], strict=False):
+        name, equals, attached = flag.partition("=")
+        if name in OPTIONS_WITH_VALUE and name in ("--config-dir", "-cd", "--config-path", "-cp"):
+            folders.append(attached if equals else value)
     for override in overrides:
-        # The experiment is optional in the defaults list, so Hydra passes over a name that does not exist.
-        name = override.removeprefix("experiment=")
-        own_dir = {"--config-dir", "-cd"} & set(flags)
-        if name != override and name != "null" and "," not in name and name not in experiments and not own_dir:
-            raise UserError(f"experiment={name} does not exist; {_hint(name, sorted(experiments))}")
-
-
-def _parse(override: str) -> Any:
-    """Hydra's Override, or None where it is not one."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        override.encode()
-        parsed = OverridesParser.create().parse_override(override)
-    except (HydraException, UnicodeEncodeError):
+        if override.startswith("hydra.searchpath="):
+            value = parse(override).value()
+            folders += [str(path).removeprefix("file://") for path in (value if isinstance(value, list) else [value])]
+    if any(":" in folder for folder in folders):  # pkg://, or another provider's
         return None
-    return parsed if parsed.key_or_group else None
+    files = [(path, folder) for folder in folders for path in (Path(folder) / group).rglob("*.y*ml")]
+    return sorted({path.relative_to(Path(folder) / group).with_suffix("").as_posix() for path, folder in files})
+
+
+def _groups_described(command: str, flags: list[str], overrides: list[str]) -> str:
+    found = {group: _options(group, flags, overrides) or ["?"] for group in groups_of(command)}
+    return "\n".join(f"{group}: {', '.join(options)}" for group, options in found.items())
 
 
 def _how_to_write(override: str) -> str:
+    if not override.isascii() and any("\ud800" <= character <= "\udfff" for character in override):
+        return "its bytes are no text in this locale; set PYTHONUTF8=1"
     key, equals, value = override.partition("=")
     quoted = f"{key}={quote_value(value)}"
-    if equals and value and not {value[0], value[-1]} & set("[]{}'\"") and _parse(quoted):
+    if equals and value and not {value[0], value[-1]} & set("[]{}'\"") and parse(quoted):
         return f"its value needs quotes of its own: {shlex.quote(quoted)}"
     return "settings are written key=value, and [ ] { } , quoted for the shell"
 
 
-def quote_value(value: str) -> str:
-    """A value in quotes of Hydra's grammar, so that it is taken as it stands."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    return QuotedString(value, Quote.single if '"' in value else Quote.double).with_quotes()
-
-
-def value_of(override: str) -> str:
-    """The value of an override as a text, its quotes taken off."""
-    return str(_parse(override).value())
-
-
-def _without_null_experiment(overrides: list[str]) -> list[str]:
-    """Hydra removes a group with `~experiment`, and fails on the `experiment=null` that one would write."""
-    return ["~experiment" if override == "experiment=null" else override for override in overrides]
+def _without_settings(overrides: list[str]) -> list[str]:
+    """Hydra removes a group with `~pair`, and fails on the `pair=null` that one would write."""
+    asked = any(override in NO_SETTINGS for override in overrides)
+    return [*(o for o in overrides if o not in NO_SETTINGS), *(["~pair"] if asked else [])]
 
 
 def _open_mappings(overrides: list[str]) -> list[str]:
@@ -236,15 +231,25 @@ def _with_implied_groups(overrides: list[str]) -> list[str]:
 
 
 def _with_sweep_dir(overrides: list[str]) -> tuple[list[str], Path]:
-    """A sweep lives in one directory: `run_dir=DIR` names it, else it is named by the time."""
+    """A sweep lives in one directory: `run_dir=DIR` names it, else it is named by the time.
+
+    Not where run_dir itself is swept or refers to what is (`run_dir=runs/${seed}`): then every job has its own.
+    """
     given = [o for o in overrides if o.startswith("hydra.sweep.dir=")]
-    if given:
-        return overrides, Path(value_of(given[-1]))
-    named = [o for o in overrides if o.startswith("run_dir=") and not _parse(o).is_sweep_override()]
-    path = value_of(named[-1]) if named else f"outputs/sweeps/{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    if not Path(path).is_dir():  # a second sweep may go where a first one is
-        check_new(Path(path))
-    return [*(o for o in overrides if o not in named), f"hydra.sweep.dir={quote_value(path)}"], Path(path)
+    named = [o for o in overrides if o.startswith("run_dir=") and not of_each_job(o)]
+    path = os.path.expanduser(value_of([*given, *named][-1])) if given or named else ""
+    if path in ("", "None"):
+        path = f"outputs/sweeps/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    kept = [o for o in overrides if o not in (*given, *named)]
+    place = Path(path.replace("\\${", "${"))
+    if not given and not place.is_dir():  # a second sweep may go where a first one is
+        check_new(place)
+    return [*kept, f"hydra.sweep.dir={quote_value(path)}"], place
+
+
+def of_each_job(override: str) -> bool:
+    """Whether the value of an override is swept, or refers to other keys."""
+    return parse(override).is_sweep_override() or bool(re.search(r"(?<!\\)\$\{", value_of(override)))
 
 
 def _remove_empty_sweep(created: list[Path]) -> None:
@@ -257,7 +262,7 @@ def _remove_empty_sweep(created: list[Path]) -> None:
 def _explain(command: str, error: Exception) -> str | None:
     """One line for an error of Hydra or OmegaConf; None for any other."""
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
@@ -266,53 +271,14 @@ def _explain(command: str, error: Exception) -> str | None:
         key = match[1]
         if "is not in struct" not in text and "No match in the defaults list" not in text:
             return f"cannot set {key}: {' '.join(text.split())}"
-        close = _closest(key, _config_keys(command))
+        close = closest(key, config_keys(command))
         if close == key:
             return f"{key} does not exist with this {key.split('.')[0]}; see kpo {command} --cfg job"
         return f"unknown key {key}; {f'did you mean {close}?' if close else f'see kpo {command} --cfg job'}"
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, name = match[1].rpartition("/")
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
-        return f"{group}={name} does not exist; {_hint(name, options)}"
+        return f"{group}={name} does not exist; {hint_of(name, options)}"
+    if isinstance(error, GrammarParseError):
+        text += "; a ${ that is no reference is written \\${"
     return " ".join(text.split())
-
-
-def _config_keys(command: str) -> list[str]:
-    """Every key and group of the default configuration, dotted."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        plain: Any = OmegaConf.to_container(compose(command))
-    GlobalHydra.instance().clear()
-    groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
-
-    def walk(node: Any, prefix: str) -> list[str]:
-        if not isinstance(node, dict):
-            return [prefix]
-        return [key for name, child in node.items() for key in walk(child, f"{prefix}.{name}" if prefix else name)]
-
-    return groups + walk(plain, "")
-
-
-def _closest(name: str, known: list[str]) -> str | None:
-    """The nearest of the dotted keys: one of the same group, or else by the whole name or the last part.
-
-    `trainer.stepz` and `stepz` both stand for `trainer.steps`; a wrong key of a known group is not that group.
-    """
-    group, _, last = name.rpartition(".")
-    parts = [key.rpartition(".") for key in known]
-    siblings = {own: key for key, (prefix, _, own) in zip(known, parts, strict=True) if prefix == group}
-    anywhere = {own: key for key, (_, _, own) in reversed(list(zip(known, parts, strict=True)))}
-    whole = {} if group and siblings else {key: key for key in known}
-    for wanted, names in ((last, siblings), (name, whole), (last, anywhere)):
-        if close := difflib.get_close_matches(wanted, names, n=1):
-            return names[close[0]]
-    return None
-
-
-def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"

@@ -4,16 +4,21 @@ Nothing here imports torch or Hydra at the top: `kpo --help` answers at once.
 """
 
 import os
+import signal
 import sys
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-from kpo_cli.errors import UserError
+from kpo_cli.errors import RunInterrupted, UserError
+from kpo_cli.signals import ENDING, LAUNCHER, caught, end_with, interrupting
+from kpo_cli.terminal import complain, settle_streams
 
 app = typer.Typer(
     name="kpo",
     help="Train language models with verifiable rewards, evaluate them, and see what the ratios do.",
+    epilog='Completion in this shell: eval "$(kpo -sc install=bash)" (or zsh, fish)',
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,9 +52,7 @@ def kpo(
 @app.command(context_settings=HYDRA_ARGUMENTS, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train a policy: kpo train method=kpo [key=value ...]. See kpo train --help."""
-    from kpo_cli.cli.compose import run_with_hydra
-
-    run_with_hydra("train", _train, context.args)
+    _run("train", _train, context.args)
 
 
 def _train(raw: dict[str, Any]) -> None:
@@ -60,10 +63,8 @@ def _train(raw: dict[str, Any]) -> None:
 
 @app.command("eval", context_settings=HYDRA_ARGUMENTS, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
-    """Evaluate checkpoints: kpo eval checkpoint=RUN benchmarks=[aime24] [key=value ...]. See kpo eval --help."""
-    from kpo_cli.cli.compose import run_with_hydra
-
-    run_with_hydra("eval", _evaluate, context.args)
+    """Evaluate checkpoints: kpo eval RUN benchmarks=[aime24] [key=value ...]. See kpo eval --help."""
+    _run("eval", _evaluate, context.args)
 
 
 def _evaluate(raw: dict[str, Any]) -> None:
@@ -75,9 +76,7 @@ def _evaluate(raw: dict[str, Any]) -> None:
 @app.command(context_settings=HYDRA_ARGUMENTS, add_help_option=False)
 def analyze(context: typer.Context) -> None:
     """See what recorded ratios do: kpo analyze RUN [RUN ...] [key=value ...]. See kpo analyze --help."""
-    from kpo_cli.cli.compose import run_with_hydra, with_paths
-
-    run_with_hydra("analyze", _analyze, with_paths("analyze", context.args, "runs"))
+    _run("analyze", _analyze, context.args)
 
 
 def _analyze(raw: dict[str, Any]) -> None:
@@ -86,27 +85,42 @@ def _analyze(raw: dict[str, Any]) -> None:
     run(raw)
 
 
+def _run(command: str, job: Callable[[dict[str, Any]], None], arguments: list[str]) -> None:
+    from kpo_cli.cli.compose import run_with_hydra
+    from kpo_cli.cli.texts import with_positional
+
+    run_with_hydra(command, job, with_positional(command, arguments))
+
+
 def main() -> None:
     """Entry point: a UserError becomes one line on stderr and its exit code (2 for bad input)."""
+    settle_streams()
+    with caught(interrupting()):
+        if launcher := os.environ.pop(LAUNCHER, None):
+            end_with(int(launcher))
+        message, code = _answer(sys.argv[1:] or ["--help"])
+        sys.stdout.flush()
+    if code == RunInterrupted.exit_code:
+        for number in ENDING:  # what comes now ends us at once, without a word from an interpreter that is closing down
+            signal.signal(number, signal.SIG_DFL)
+    if message is not None:
+        complain(f"kpo: {' '.join(message.split())}")
+    sys.exit(code)
+
+
+def _answer(arguments: list[str]) -> tuple[str | None, int]:
+    """Run the command: what is to be said of its failure, and the exit code."""
     try:
+        if arguments[0] in ("-sc", "--shell-completion"):
+            from kpo_cli.cli.completion import complete
+
+            return complete(arguments)
         # Not Typer's standalone mode: it spreads its own errors over four lines.
-        code = app(sys.argv[1:] or ["--help"], prog_name="kpo", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a closed pipe can be answered
+        code = app(arguments, prog_name="kpo", standalone_mode=False)
     except UserError as error:
-        _fail(str(error), error.exit_code)
+        return str(error), error.exit_code
     except USAGE_ERROR as error:
-        _fail(f"{error.format_message().rstrip('.')}; see kpo --help", error.exit_code)
+        return f"{error.format_message().rstrip('.')}; see kpo --help", error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    except BrokenPipeError:  # the reader has gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    if code == 130:
-        _fail("interrupted", code)
-    sys.exit(code)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"kpo: {' '.join(message.splitlines())}", file=sys.stderr)
-    sys.exit(code)
+        code = RunInterrupted.exit_code
+    return ("interrupted" if code == RunInterrupted.exit_code else None), code or 0

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from kpo_cli.runs.directory import read_lines, write_text
+
 FINGERPRINTS = Path(__file__).parent / "benchmark_fingerprints.json"
 
 
@@ -39,15 +41,15 @@ def shared_problems(problems: Iterable[str], others: Iterable[str]) -> int:
 
 @cache
 def _known() -> dict[str, frozenset[str]]:
-    return {name: frozenset(hashes) for name, hashes in json.loads(FINGERPRINTS.read_text()).items()}
+    return {name: frozenset(hashes) for name, hashes in json.loads(FINGERPRINTS.read_text("utf-8")).items()}
 
 
 def _build(sources: dict[str, str]) -> None:
     table = {}
     for name, path in sources.items():
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in read_lines(Path(path))]
         table[name] = sorted({fingerprint(row["problem"]) for row in rows})
-    FINGERPRINTS.write_text(json.dumps(table, separators=(",", ":")) + "\n")
+    write_text(FINGERPRINTS, json.dumps(table, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from kpo_cli.rollout.check import FIRST_TOKENS, RESPONSES, SamplerCheck, model_s
 from kpo_cli.rollout.engine import VLLMEngine, choose_engine, usable_vllm
 from kpo_cli.rollout.hf import Report
 from kpo_cli.rollout.room import check_bytes
-from kpo_cli.runs.directory import RunDir, check_new, finite, make_manifest, path_of, write_text
+from kpo_cli.runs.directory import RunDir, check_new, finite, make_manifest, path_of, read_text, write_text
 from kpo_cli.runs.samples import Key, Row, SampleFile, read_rows
+from kpo_cli.terminal import counted, make_console, printable, say, show
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,7 @@ def run(raw: dict[str, Any]) -> None:
     raw.pop("overrides")
     target = path_of("run_dir", raw.pop("run_dir"))
     config = convert(EvalConfig, raw)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+    console = make_console(width_of_files=160)
     if config.regrade is not None:
         _regrade(config, Path(config.regrade), target, console)
     else:
@@ -78,17 +77,17 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
     new = not (run_dir / "config.yaml").is_file()
     with _open(run_dir, new, settings, asked) as out:
         samples = SampleFile(out.path / "samples.jsonl", config.eval.n)
-        console.print(f"evaluation: {out.path}", markup=False)
+        say(console, f"evaluation: {out.path}")
         for item in asked:
             first = next(iter(item.prompts.values()))[0]
-            console.print(f"first prompt of {item.subject.label}: {first.text!r}", markup=False)
+            say(console, f"first prompt of {item.subject.label}: {first.text!r}")
         notes = [
             *fitted,
             *(note for b in benchmarks for note in b.notes),
             *(note for item in asked for note in item.notes),
         ]
         for note in dict.fromkeys([*notes, *trained_on(config, benchmarks)]):
-            console.print(note, markup=False)
+            say(console, note)
         try:
             for item in asked:
                 missing = [b for b in benchmarks if samples.missing((item.role, b.name), len(b.problems))]
@@ -220,7 +219,7 @@ def _engine(
         float32_logits=gpu,  # as in training, whose policy this is
     )
     for note in engine.notes:
-        console.print(note, markup=False)
+        say(console, note)
     try:
         check = SamplerCheck(model_score(item.policy, 1.0), half, gpu)
         sampler = VLLMSampler(engine, stop_ids=item.policy.stop_ids, temperature=1.0, max_response_tokens=FIRST_TOKENS)
@@ -272,9 +271,10 @@ def _sample(
     step = max(1, config.eval.batch_size * (1 if engine is None else 4) // n)
     # A benchmark's samples do not change with the other benchmarks beside it.
     seed = (config.seed, int.from_bytes(hashlib.sha256(benchmark.name.encode()).digest()[:4], "big"))
+    what = f"{item.subject.label} on {benchmark.name}"
     with _progress(console) as progress:
         done = (len(prompts) - len(missing)) * n
-        task = progress.add_task(f"{item.subject.label} on {benchmark.name}", total=len(prompts) * n, completed=done)
+        task = progress.add_task(printable(what), total=len(prompts) * n, completed=done)
         sampler = _sampler(item, engine, config, lambda finished, _: progress.update(task, completed=done + finished))
         for start in range(0, len(missing), step):
             places = missing[start : start + step]
@@ -288,11 +288,15 @@ def _sample(
             samples.append(key, make_rows(key, places, problems, texts, groups))
             done += len(places) * n
             progress.update(task, completed=done)
-    console.print(f"{item.subject.label} on {benchmark.name}: {len(prompts)} problems x {n} samples", markup=False)
+    say(
+        console,
+        f"{what}: {counted(len(prompts), 'problem')} x {counted(n, 'sample')}",
+    )
 
 
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    label = TextColumn("{task.description}", markup=False)
+    columns = (label, BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
 
 
@@ -316,11 +320,11 @@ def _report(
     write_text(path / "results.md", report.markdown(results, config.published))
     report.pass_at_k_figure(results, path / "pass_at_k.png")
     for title, head, rows in report.tables(results, config.published):
-        console.print(report.rich_table(title, head, rows))
+        show(console, report.rich_table(title, head, rows))
     failed = sum(row["grader_failed"] for table in tables.values() for rows in table for row in rows)
     if failed:
-        console.print(f"warning: the grader failed on {failed} samples; they count as wrong", markup=False)
-    console.print(f"results.json, results.md, pass_at_k.png and samples.jsonl are in {path}", markup=False)
+        say(console, f"warning: the grader failed on {counted(failed, 'sample')}; they count as wrong")
+    say(console, f"results.json, results.md, pass_at_k.png and samples.jsonl are in {path}")
 
 
 def _regrade(config: EvalConfig, source: Path, run_dir: Path | None, console: Console) -> None:
@@ -332,7 +336,7 @@ def _regrade(config: EvalConfig, source: Path, run_dir: Path | None, console: Co
         raise UserError(f"{target} exists already; choose another run_dir= for what is graded now")
     check_new(target)
     try:
-        stored = json.loads((source / "results.json").read_text())
+        stored = json.loads(read_text(source / "results.json"))
     except ValueError:
         raise UserError(
             f"{source}/results.json is damaged; run the evaluation's own command again to write it"
@@ -349,5 +353,5 @@ def _regrade(config: EvalConfig, source: Path, run_dir: Path | None, console: Co
         table[row["place"]].append(row)
     with RunDir.create(target, settings, make_manifest()) as out:
         out.write_rows("samples.jsonl", new)
-        console.print(f"{changed} of {len(new)} verdicts changed", markup=False)
+        say(console, f"{changed} of {counted(len(new), 'verdict')} changed")
         _report(out.path, tables, stored["subjects"], settings, config, console)

@@ -11,6 +11,7 @@ from rich.table import Table
 from kpo_cli.evaluation.rows import answer_table, correct_table
 from kpo_cli.intervals import accuracy as stats
 from kpo_cli.runs.samples import Row
+from kpo_cli.terminal import text_of
 
 PUBLISHED: dict[str, dict[str, tuple[float, float | None]]] = {
     # 2602.10609, Qwen3-4B: avg@16 and pass@16 in percent, None where the paper's table has none.
@@ -150,9 +151,11 @@ def _percent(estimate: dict[str, float], sign: str = "") -> str:
 
 
 def rich_table(title: str, head: list[str], rows: Rows) -> Table:
-    table = Table(*head, title=title, title_justify="left")
+    table = Table(title=text_of(title), title_justify="left")
+    for column in head:
+        table.add_column(text_of(column))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(text_of, row))
     return table
 
 

@@ -13,7 +13,7 @@ from kpo_cli.evaluation.config import EvalConfig
 from kpo_cli.policy.load import Policy, load_policy
 from kpo_cli.policy.lora import MERGED
 from kpo_cli.runs.checkpoints import newest_checkpoint
-from kpo_cli.runs.directory import RunDir
+from kpo_cli.runs.directory import RunDir, run_of
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -59,22 +59,37 @@ def find_subjects(config: EvalConfig) -> dict[str, Subject]:
     prompting = _prompting(run, config)
     subjects = {"checkpoint": _subject(label, path, prompting, config)}
     if config.vs is not None:
-        label, path, _ = _locate(config.vs)
-        subjects["vs"] = _subject(label, path, prompting, config)
+        other, other_path, _ = _locate(config.vs)
+        label, other = _told_apart((label, path), (other, other_path))
+        subjects["checkpoint"] = _subject(label, path, prompting, config)
+        subjects["vs"] = _subject(other, other_path, prompting, config)
     return subjects
 
 
-def run_of(name: str) -> RunDir | None:
+def run_behind(name: str) -> RunDir | None:
     """The run that what is evaluated comes from, if any."""
     _, _, run = _locate(name)
     return None if run is None else RunDir(run)
+
+
+def _told_apart(first: tuple[str, str | None], second: tuple[str, str | None]) -> tuple[str, str]:
+    """Two labels that differ: where the names are alike, with as much of the paths before them as it takes."""
+    (label, path), (other, other_path) = first, second
+    if label != other:
+        return label, other
+    if path is not None and other_path is not None:
+        parts, other_parts = (Path(os.path.abspath(os.path.expanduser(p))).parts for p in (path, other_path))
+        for count in range(2, max(len(parts), len(other_parts)) + 1):
+            if parts[-count:] != other_parts[-count:]:
+                return _joined(parts[-count:]), _joined(other_parts[-count:])
+    return label, f"{label} (vs)"
 
 
 def _locate(name: str) -> tuple[str, str | None, Path | None]:
     """Label, path of the weights (None: the built-in policy), and the run that they belong to, if any."""
     if name == "builtin":
         return "builtin", None, None
-    path = Path(os.path.expanduser(name))
+    path = run_of(Path(os.path.expanduser(name)))
     if (path / "config.yaml").is_file():  # a run
         checkpoint, _ = newest_checkpoint(path)
         if checkpoint is None:
@@ -87,6 +102,10 @@ def _locate(name: str) -> tuple[str, str | None, Path | None]:
     if path.parent.name == "checkpoints" and (run / "config.yaml").is_file():
         return f"{_label(run)}-{path.name}", str(path), run
     return path.name, name, None
+
+
+def _joined(parts: tuple[str, ...]) -> str:
+    return "-".join(part.strip("/") for part in parts)
 
 
 def _prompting(run: Path | None, config: EvalConfig) -> Prompting:

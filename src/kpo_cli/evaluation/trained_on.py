@@ -10,7 +10,7 @@ from kpo_cli.data.overlap import shared_problems
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import BUILTIN, Benchmark
 from kpo_cli.evaluation.config import EvalConfig
-from kpo_cli.evaluation.subject import run_of
+from kpo_cli.evaluation.subject import run_behind
 from kpo_cli.runs.directory import RunDir
 
 
@@ -21,7 +21,7 @@ def trained_on(config: EvalConfig, benchmarks: list[Benchmark]) -> list[str]:
     """
     warnings = []
     for name in filter(None, (config.checkpoint, config.vs)):
-        run = run_of(name)
+        run = run_behind(name)
         if run is None:
             continue
         trained = _trained(run)

@@ -222,7 +222,7 @@ def adapter_base(source: str | Path) -> str | None:
     if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
         return None
     try:
-        base = json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]
+        base = json.loads((folder / CONFIG_FILE).read_text("utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         base = None
     if not isinstance(base, str):

@@ -119,7 +119,7 @@ def _confine(memory_limit: int) -> None:
     """Limit what the child can take, and deny what no grading needs."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        used = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory_limit, used + memory_limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.setrecursionlimit(_RECURSION_LIMIT)
@@ -131,7 +131,8 @@ def _peak_memory() -> int:
     """The largest address space this process has had, in bytes; zero where the system does not say."""
     if sys.platform != "linux":
         return 0
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmPeak"))
+    lines = Path("/proc/self/status").read_text("utf-8", "replace").split("\n")
+    line = next(line for line in lines if line.startswith("VmPeak"))
     return int(line.split()[1]) * 1024
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kpo_cli.errors import RunStopped, UserError
-from kpo_cli.runs.directory import first_line, sha256_of, write_text
+from kpo_cli.runs.directory import first_line, read_text, sha256_of, write_text
 from kpo_cli.runs.formats import CHECKPOINT, unreadable
 
 STATE, OPTIMIZER = "trainer/state.json", "trainer/optimizer.safetensors"
@@ -147,7 +147,7 @@ def _reason(error: Exception) -> str:
 
 def restore(path: Path, optimizer: torch.optim.Optimizer) -> Progress:
     """Load the trainer/ folder of a checkpoint into the optimizer and the random generators."""
-    state = json.loads((path / STATE).read_text())
+    state = json.loads(read_text(path / STATE))
     tensors = load_file(path / OPTIMIZER)
     per_parameter: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -212,7 +212,7 @@ def resumable_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """
     found, problems = _newest(run, lambda path: is_damaged(path) or _unresumable(path))
     if found is not None:
-        written = json.loads((found / STATE).read_text()).get("format", CHECKPOINT)
+        written = json.loads(read_text(found / STATE)).get("format", CHECKPOINT)
         if problem := unreadable(written, CHECKPOINT):
             raise UserError(f"{found} cannot be gone on from: {problem}")
     return found, problems
@@ -251,5 +251,5 @@ def _unresumable(path: Path) -> str | None:
 
 
 def _checksums(path: Path) -> dict[str, str]:
-    sums: dict[str, str] = json.loads((path / "checksums.json").read_text())
+    sums: dict[str, str] = json.loads(read_text(path / "checksums.json"))
     return sums

@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 
 from kpo_cli.errors import UserError
 from kpo_cli.runs.formats import RUN, unreadable
@@ -43,12 +44,14 @@ class RunDir:
         parents = missing_parents(place)
         try:
             draft.mkdir(parents=True)
-            write_text(draft / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+            write_text(draft / "config.yaml", _yaml(config))
             write_text(draft / "manifest.json", json.dumps(manifest, indent=2) + "\n")
             draft.rename(place)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
             remove_empty(parents)
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"cannot make run_dir={path} ({error.strerror}); choose another run_dir=") from None
         run = cls(path)
         run.lock()
@@ -75,7 +78,7 @@ class RunDir:
 
     def lock(self) -> None:
         try:
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("wb")
         except OSError as error:
             raise UserError(f"cannot write in {self.path} ({error.strerror}); mend its permissions") from None
         try:
@@ -97,7 +100,7 @@ class RunDir:
         """The stored configuration. Raises UserError if it cannot be read, or a newer kpo wrote it."""
         self.check_format()
         try:
-            plain: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+            plain: Any = yaml.load(read_text(self.path / "config.yaml"), get_yaml_loader())
         except Exception as error:
             raise UserError(f"{self.path}/config.yaml cannot be read: {first_line(error)}") from None
         if not isinstance(plain, dict):
@@ -106,13 +109,13 @@ class RunDir:
 
     def manifest(self) -> dict[str, Any]:
         try:
-            content: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+            content: dict[str, Any] = json.loads(read_text(self.path / "manifest.json"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}/manifest.json cannot be read: {first_line(error)}") from None
         return content
 
     def write_config(self, config: dict[str, Any]) -> None:
-        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_text(self.path / "config.yaml", _yaml(config))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_text(self.path / name, json.dumps(finite(content), indent=2) + "\n")
@@ -133,12 +136,15 @@ class RunDir:
 
     def metrics(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The metrics written so far; a last line that was cut off by a kill is left out."""
-        path = self.path / name
         rows = []
-        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        for line in read_lines(self.path / name) if (self.path / name).exists() else []:
             with suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
         return rows
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """What `write_rows` wrote."""
+        return [json.loads(line) for line in read_lines(self.path / name)]
 
     def cut_after(self, step: int, supervised_step: int | None) -> None:
         """Forget what was written past `step` (-1: everything), as a resumed run is going to write it again.
@@ -190,6 +196,13 @@ def remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def run_of(path: Path) -> Path:
+    """The run that `path` stands for: `path`, or the run above it if it is a run's checkpoints/ directory."""
+    absolute = path.absolute()
+    inside = absolute.name == "checkpoints" and (absolute.parent / "config.yaml").is_file()
+    return path.parent if inside and path.name else path
+
+
 def path_of(key: str, value: Any) -> Path | None:
     """The path given as `key`, ~ expanded; None for null. Raises UserError for anything but a text."""
     if value is None:
@@ -231,11 +244,33 @@ def sha256_of(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8 as it stands, whatever the locale; no other ends of lines become "\\n"."""
+    return path.read_bytes().decode("utf-8")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file in UTF-8 that are not empty. They end at "\\n" alone: JSON lets U+2028 and its kind pass."""
+    return [line for line in read_text(path).split("\n") if line.strip()]
+
+
+def _yaml(config: dict[str, Any]) -> str:
+    """As OmegaConf writes it, without reading ${ in a text as a reference."""
+    text: str = yaml.dump(
+        config, default_flow_style=False, allow_unicode=True, sort_keys=False, Dumper=get_omega_conf_dumper()
+    )
+    return text
 
 
 def finite(value: Any) -> Any:
@@ -264,7 +299,7 @@ def _git_state() -> dict[str, Any] | None:
     try:
         tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
         subprocess.run(tracked, cwd=here, check=True, capture_output=True)
-        run = {"cwd": here, "check": True, "capture_output": True, "text": True}
+        run = {"cwd": here, "check": True, "capture_output": True, "encoding": "utf-8", "errors": "replace"}
         commit: Any = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
         changes: Any = subprocess.run(["git", "status", "--porcelain"], **run).stdout  # type: ignore[call-overload]
     except (OSError, subprocess.CalledProcessError):
@@ -274,7 +309,7 @@ def _git_state() -> dict[str, Any] | None:
 
 def _processor() -> str:
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in read_lines(Path("/proc/cpuinfo")):
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kpo_cli.errors import RunStopped, UserError
-from kpo_cli.runs.directory import write_text
+from kpo_cli.runs.directory import read_text, write_text
 
 Row = dict[str, Any]
 Key = tuple[str, str]
@@ -56,7 +56,7 @@ class SampleFile:
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of a samples file. A torn last line is left out; damage anywhere else is a UserError."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:

@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from kpo_cli.config import TrainConfig, train_config
 from kpo_cli.data.load import ProblemSets
 from kpo_cli.data.prompts import Prompt
@@ -199,5 +197,8 @@ def _short(text: str) -> str:
 
 
 def value_at(config: dict[str, Any], key: str) -> Any:
-    value = OmegaConf.select(OmegaConf.create(config), key)
-    return value["name"] if OmegaConf.is_dict(value) and "name" in value else value
+    """What stands at a dotted key, None if nothing does; of a group, its name."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value.get("name", value) if isinstance(value, dict) else value

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from kpo_cli.core import kalman_meaning
 from kpo_cli.intervals.accuracy import wilson
+from kpo_cli.terminal import make_console, say, show
 
 SILENCE = 60.0
 """Seconds without a line, after which a long sampling phase says where it is."""
@@ -24,7 +25,7 @@ SILENCE = 60.0
 
 class Display:
     def __init__(self, steps: int, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or make_console()
         self.steps = steps
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -36,7 +37,10 @@ class Display:
 
     def say(self, line: str) -> None:
         self._spoke = time.monotonic()
-        self.console.print(line, markup=False)
+        say(self.console, line)
+
+    def show(self, table: RenderableType) -> None:
+        show(self.console, table)
 
     def warn_once(self, line: str) -> None:
         if line not in self._warned:
@@ -50,7 +54,7 @@ class Display:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),

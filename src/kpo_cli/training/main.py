@@ -6,15 +6,16 @@ from typing import Any
 
 from kpo_cli.config import TrainConfig, as_dict, data_label, model_label, train_config
 from kpo_cli.data.load import load_problems
-from kpo_cli.errors import UserError
+from kpo_cli.errors import RunInterrupted, UserError
 from kpo_cli.policy.load import load_policy
 from kpo_cli.runs.checkpoints import Progress, resumable_checkpoint
-from kpo_cli.runs.directory import RunDir, check_new, default_run_dir, path_of
+from kpo_cli.runs.directory import RunDir, check_new, default_run_dir, path_of, run_of
 from kpo_cli.training.assemble import assemble, complete, make_objective, with_engine
 from kpo_cli.training.check import changed_config, check_first_prompt, check_fit, check_there, check_unchanged, value_at
 from kpo_cli.training.describe import manifest_of
 from kpo_cli.training.display import Display
 from kpo_cli.training.loop import Training, train
+from kpo_cli.training.stopping import resume_command
 from kpo_cli.training.summarise import show_result, summarise
 
 
@@ -23,7 +24,7 @@ def run(raw: dict[str, Any]) -> None:
     overrides = raw.pop("overrides")
     resume, run_dir = (path_of(key, raw.pop(key)) for key in ("resume", "run_dir"))
     if resume is not None:
-        _resume(resume, raw, overrides)
+        _resume(run_of(resume), raw, overrides)
     else:
         _start(train_config(raw), run_dir, overrides)
 
@@ -85,6 +86,8 @@ def _run(
     display.start(progress.step)
     try:
         train(job, run, progress, display)
+    except KeyboardInterrupt:
+        raise RunInterrupted(f"interrupted; go on from what is saved with: {resume_command(run.path)}") from None
     finally:
         display.stop()
     summary = summarise(job, run)
@@ -92,7 +95,7 @@ def _run(
     show_result(run, summary, display)
     kept = [o for o in overrides or [] if o.split("=", 1)[0] not in ("method", "seed", "run_dir")]
     more = summary["steps"] * 2
-    display.say(f"next:  {shlex.join(['kpo', 'train', f'resume={run.path}', f'trainer.steps={more}'])}   # go on")
+    display.say(f"next:  {resume_command(run.path, f'trainer.steps={more}')}   # go on")
     sweep = ["kpo", "train", "-m", "method=kpo,grpo_tight,grpo", "seed=0,1,2", *kept]
     if overrides is not None:
         display.say(f"       {shlex.join(sweep)}   # compare with its control")

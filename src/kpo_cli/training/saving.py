@@ -19,6 +19,7 @@ from kpo_cli.policy.load import Policy
 from kpo_cli.policy.memory import LESS_MEMORY, lacks_memory
 from kpo_cli.runs.checkpoints import NotSaved, Progress, checkpoints, is_damaged, save_checkpoint
 from kpo_cli.runs.directory import RunDir, first_line
+from kpo_cli.training.stopping import resume_command
 
 
 class Saver:
@@ -84,7 +85,7 @@ class Saver:
 
     @property
     def _resume(self) -> str:
-        return f"kpo train resume={self.run.path}"
+        return resume_command(self.run.path)
 
     def _stepping(self, *arguments: Any) -> None:
         """The weights change in an optimizer step and nowhere else."""

@@ -1,9 +1,9 @@
 """What came of a run, for summary.json and the terminal."""
 
-import json
 from typing import Any
 
 from kpo_cli.runs.directory import RunDir
+from kpo_cli.terminal import counted
 from kpo_cli.training.display import Display, result_table
 from kpo_cli.training.loop import Training
 
@@ -39,15 +39,15 @@ def summarise(job: Training, run: RunDir) -> dict[str, Any]:
 
 def show_result(run: RunDir, summary: dict[str, Any], display: Display) -> None:
     display.say("")
-    display.console.print(result_table(summary))
+    display.show(result_table(summary))
     for when, step in (("before", 0), ("after", summary["steps"])):
-        row = json.loads((run.path / f"evals/step-{step:06d}.jsonl").read_text().splitlines()[0])
+        row = run.rows(f"evals/step-{step:06d}.jsonl")[0]
         sample = row["sampled"]
         mark = "right" if sample["correct"] else "wrong"
         if when == "before":
             display.say(f"one held-out problem: {_short(row['problem'])} (answer {row['answer']})")
         display.say(f"  sampled {when}: {_short(sample['response'])}  [{mark}]")
-    display.say(f"\n{summary['steps']} steps in {summary['wall_time']:.0f} s; everything is in {run.path}")
+    display.say(f"\n{counted(summary['steps'], 'step')} in {summary['wall_time']:.0f} s; everything is in {run.path}")
 
 
 def _short(text: str, limit: int = 300) -> str:

@@ -148,6 +148,20 @@ def test_flat_keys_are_dotted():
     assert flat({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": 1, "a.c": [2], "d": None}
 
 
+def test_exports_alone_are_no_runs(tmp_path, capsys):
+    """Nothing is said of groups and accuracies that are not there."""
+    for name in ("a", "b"):
+        row = {"log_probs": [-1.0, -2.0, -1.5], "old_log_probs": [-1.1, -1.9, -1.5], "mini_batch_index": 1}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "log_probs": [-1.0] * 3}))
+    sources = [find_source(tmp_path / f"{name}.jsonl") for name in ("a", "b")]
+    compare(sources, tmp_path / "out", config("filters=[kalman]", "report=false"), Console(width=100))
+    out = capsys.readouterr().out
+    assert "2 sources without metrics of training: only ratios are compared." in out
+    assert "0 runs" not in out
+    assert "Final held-out accuracy" not in out
+    assert "Ratios" in out
+
+
 def test_a_comparison_is_written_whole(tmp_path, capsys):
     """Runs with ratios, one without, and one of the same name."""
     paths = [

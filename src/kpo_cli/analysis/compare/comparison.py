@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from kpo_cli.analysis.source import Source
 from kpo_cli.analysis.statistics.analyse import analyse
 from kpo_cli.errors import UserError
 from kpo_cli.runs.directory import finite, write_text
+from kpo_cli.terminal import complain, counted, say, show
 
 SCHEMA = "kpo-comparison-1"
 CAPTIONS = {
@@ -49,7 +49,7 @@ def compare(sources: list[Source], folder: Path, config: AnalyzeConfig, console:
     found |= comparison(groups)
     found["summary"] = in_words(found, groups)
     for note in found["notes"]:
-        print(f"kpo: {note}", file=sys.stderr)
+        complain(f"kpo: {note}")
     _write(found, folder, config)
     _print(found, folder, console)
 
@@ -96,7 +96,9 @@ def in_words(found: dict[str, Any], groups: dict[str, list[Run]]) -> str:
     """One paragraph: what is compared, what is refused, and which differences are beyond chance."""
     seeds = max((len(runs) for runs in groups.values()), default=0)
     count = sum(len(runs) for runs in groups.values())
-    sentences = [f"{count} runs in {len(groups)} groups, up to {seeds} seeds each."]
+    sentences = [f"{counted(count, 'run')} in {counted(len(groups), 'group')}, up to {counted(seeds, 'seed')} each."]
+    if not groups:
+        sentences = [f"{counted(len(found['runs']), 'source')} without metrics of training: only ratios are compared."]
     if seeds == 1 and count > 1:
         sentences.append("With one seed a difference cannot be told from chance.")
     for name, entry in found["groups"].items():
@@ -126,7 +128,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
         accuracies = [_with_interval(entry["final"][metric]) for metric in FINAL]
         rows.append([name, str(len(entry["runs"])), *accuracies, "yes" if entry["ratios_identically_one"] else "no"])
     columns = ["group", "runs", "greedy", "sampled", "ratios all 1"]
-    found_tables = [Table("Final held-out accuracy", columns, rows, "mean over seeds; interval: Student's t, 95%")]
+    note = "mean over seeds; interval: Student's t, 95%"
+    found_tables = [Table("Final held-out accuracy", columns, rows, note)] if rows else []
     pairs = []
     for entry in found["differences"]:
         lines = [entry.get(metric, {"n": 0}) for metric in FINAL]
@@ -200,9 +203,8 @@ def _write(found: dict[str, Any], folder: Path, config: AnalyzeConfig) -> None:
 
 
 def _print(found: dict[str, Any], folder: Path, console: Console) -> None:
-    console.print(found["summary"], markup=False)
+    say(console, found["summary"], wrap=True)
     for table in tables(found):
-        console.print()
-        console.print(table.for_terminal())
-    where = f"\nthe comparison, and each run's own analysis below it, are in {folder}"
-    console.print(where, markup=False, soft_wrap=True)
+        say(console)
+        show(console, table.for_terminal())
+    say(console, f"\nthe comparison, and each run's own analysis below it, are in {folder}")

@@ -5,9 +5,9 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from kpo_cli.analysis.statistics.sums import STATISTICS
+from kpo_cli.terminal import text_of
 
 WITH_NULLS = ("switch_frequency", "mean_off_policy_run_length", "low_frequency_energy", "autocorrelation")
 """Statistics that get a table of their own on the terminal."""
@@ -26,17 +26,17 @@ class Table:
 
     def for_terminal(self) -> RichTable:
         table = RichTable(
-            title=Text(self.title),
-            caption=Text(self.note),
+            title=text_of(self.title),
+            caption=text_of(self.note),
             title_justify="left",
             caption_justify="left",
             box=SIMPLE_HEAD,
         )
         for i, column in enumerate(self.columns):
             side: Any = "left" if i < self.label_columns else "right"
-            table.add_column(Text(column), justify=side, overflow="fold", no_wrap=i == 0)
+            table.add_column(text_of(column), justify=side, overflow="fold", no_wrap=i == 0)
         for row in self.rows:
-            table.add_row(*map(Text, row))  # Text: names come from files, and markup is not theirs to use
+            table.add_row(*map(text_of, row))
         return table
 
 

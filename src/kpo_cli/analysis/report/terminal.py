@@ -5,12 +5,14 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kpo_cli.terminal import printable
+
 
 class ReadingBar:
     """A context manager; call it with each file that was read and each stage after them."""
 
     def __init__(self, name: str, files: int, console: Console) -> None:
-        columns = (TextColumn(name, markup=False), MofNCompleteColumn(), BarColumn(bar_width=30))
+        columns = (TextColumn(printable(name), markup=False), MofNCompleteColumn(), BarColumn(bar_width=30))
         self._progress = Progress(
             *columns, TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console,
             transient=True, disable=not console.is_terminal,
