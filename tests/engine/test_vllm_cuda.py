@@ -27,6 +27,7 @@ if not installed():
 engines._import_vllm()
 
 import vllm  # noqa: E402
+from vllm.config import CacheConfig  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.engine.core_client import InprocClient  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
@@ -34,6 +35,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: E402
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2  # noqa: E402
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1  # noqa: E402
 from vllm.v1.worker.gpu_worker import Worker  # noqa: E402
+from vllm.v1.worker.utils import request_memory  # noqa: E402
 
 
 class Stand:
@@ -211,8 +213,16 @@ def test_the_users_own_arguments_come_last():
 def test_a_given_share_is_passed_on_as_it_is(stand, policy):
     start(policy, options={"gpu_memory_utilization": 0.3})
     assert stand.arguments["gpu_memory_utilization"] == 0.3
+
+
+def test_a_given_cache_comes_with_a_share_that_is_free_at_the_start(stand, policy):
+    """vLLM sizes the cache as it is told, but first refuses to start unless its whole share is free."""
     start(policy, options={"kv_cache_memory_bytes": GIB})
-    assert "gpu_memory_utilization" not in stand.arguments
+    assert stand.arguments["kv_cache_memory_bytes"] == GIB
+    cache = create_autospec(CacheConfig, instance=True)
+    cache.gpu_memory_utilization = stand.arguments.get("gpu_memory_utilization", CacheConfig.gpu_memory_utilization)
+    memory = SimpleNamespace(free_memory=50 * GIB, total_memory=80 * GIB, device_="cuda")
+    assert GIB < request_memory(memory, cache) <= 44 * GIB
 
 
 @pytest.mark.parametrize(

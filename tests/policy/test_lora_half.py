@@ -283,3 +283,17 @@ def test_saved_and_loaded_it_is_the_same(policy, tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     for name, tensor in named_weights(policy.model):
         assert torch.equal(whole[name].float(), tensor.float()), name
+
+
+def test_an_adapted_head_that_is_the_embedding_leaves_it_in_float32():
+    """Whatever the embedding says goes into the residual stream, which is float32 under autocast."""
+    model = copy.deepcopy(_base("qwen3"))
+    add_adapters(model, LoraConfig(4, 12.0, ["lm_head", "q_proj"], False))
+    merge_in_forward(model)
+    kinds = {layer.get_base_layer().weight.dtype for layer in adapted(model)}
+    assert kinds == {torch.float32, torch.bfloat16}
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    assert {tensor.dtype for _, tensor in named_weights(model)} == {torch.float32}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain, ids = copy.deepcopy(_base("qwen3")), torch.arange(5, 25)[None]
+        assert torch.equal(model(ids).logits, plain(ids).logits)  # B is 0

@@ -53,8 +53,32 @@ def test_blocks_change_no_number(name, block, prompts):
         assert [[r.token_ids for r in g] for g in groups] == [[r.token_ids for r in g] for g in plain]
 
 
-def test_on_a_cpu_there_are_no_blocks_and_a_gpu_has_some():
+def block_on_a_gpu(model, monkeypatch):
+    """Of a sampler for a copy of `model` that says that it is there."""
+    model, kind, tensor = copy.deepcopy(model), type(model), torch.tensor
+    model.__class__ = type(kind.__name__, (kind,), {"device": property(lambda self: torch.device("cuda"))})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", lambda data, device: tensor(data))
+        return sampler_of(model).cache_block
+
+
+def test_on_a_cpu_there_are_no_blocks_and_a_gpu_has_some(monkeypatch):
     assert sampler_of(model_of("qwen3")).cache_block is None
+    assert block_on_a_gpu(model_of("qwen3"), monkeypatch) == 128
+
+
+def test_a_model_that_counts_from_the_end_of_the_keys_gets_no_blocks(monkeypatch):
+    """GPT-Neo's local layers see the last keys that there are, and those of a block may be empty."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 120, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "initializer_range": 0.2}
+    layers = {"attention_types": [[["global", "local"], 1]], "window_size": 8}
+    config = transformers.GPTNeoConfig(**sizes, **layers, embed_dropout=0.0, resid_dropout=0.0, attention_dropout=0.0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    sampler = blocked(model, block_on_a_gpu(model, monkeypatch), stop_ids=[])
+    for prompt, group in zip(PROMPTS, sampler.sample(PROMPTS, 2, (1,)), strict=True):
+        for response in group:
+            want = log_softmax_behind(model, prompt, response)[range(24), response.token_ids]
+            torch.testing.assert_close(torch.tensor(response.log_probs), want, atol=2e-5, rtol=1e-4)
 
 
 @contextmanager

@@ -298,3 +298,7 @@ def test_memory_that_the_moments_will_take_is_held_from_the_start(policy, batch,
     made.clear()
     job.update(batch)
     assert not sum(made)
+    for state in job.optimizer.state.values():  # as in host memory while the policy samples: the step wants them back
+        state |= {name: torch.empty(moment.shape, device="meta") for name, moment in state.items() if moment.dim()}
+    with job._room_for_moments():
+        assert sum(made) == 8 * policy.parameters

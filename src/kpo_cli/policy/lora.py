@@ -101,8 +101,10 @@ def merge_in_forward(model: Any) -> None:
     Their frozen weights are kept in bfloat16, which costs the rounding of weights that came in float32. Nothing to a
     model without adapters.
     """
+    embedding = model.get_input_embeddings().weight
     for layer in adapted(model):
-        layer.get_base_layer().to(torch.bfloat16)
+        if layer.get_base_layer().weight is not embedding:  # a tied head's is read elsewhere, in float32
+            layer.get_base_layer().to(torch.bfloat16)
         kind: Any = type(layer)
         layer.__class__ = _merging(kind)  # not a wrapped method: that of a copied model would be the first one's
 

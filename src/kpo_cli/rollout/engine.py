@@ -110,8 +110,11 @@ class VLLMEngine:
         self._count = self._pushes = 0
         self._unverified: set[str] | None = None
         arguments = engine_arguments(policy.dtype, device, max_length, self._sleeps, float32_logits, options)
-        if not arguments.keys() & {"gpu_memory_utilization", "kv_cache_memory_bytes"}:
-            arguments |= _gpu_share(reserved) if device == "cuda" else self._cpu_cache(arguments)
+        if "gpu_memory_utilization" not in arguments:
+            if device == "cuda":  # also beside kv_cache_memory_bytes: at its start vLLM asks for a share to be free
+                arguments |= _gpu_share(reserved)
+            elif "kv_cache_memory_bytes" not in arguments:
+                arguments |= self._cpu_cache(arguments)
         with _as_user_error(), model_folder(self.model) as folder, _undisturbed(device):
             self.llm = vllm.LLM(str(folder), **arguments)
             self.push()

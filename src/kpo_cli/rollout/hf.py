@@ -34,7 +34,8 @@ REPORT_EVERY = 16
 CUDA_CHECK_EVERY = 8
 """Tokens between two looks at what has ended on a GPU, which has to wait for each. A CPU looks at every token."""
 CUDA_CACHE_BLOCK = 128
-"""Attention on a GPU reads the keys and values of a multiple of so many tokens. On a CPU it reads what there is."""
+"""Attention on a GPU reads the keys and values of a multiple of so many tokens. On a CPU it reads what there is, and so
+it does for a model that is not made for a cache with room at its end."""
 COMPACT_SHARE = 1 / 16
 """Ended responses leave the batch once they are more than this share of it."""
 LEAN_BATCH = 128
@@ -73,7 +74,8 @@ class HFSampler:
         self.max_response_tokens = max_response_tokens
         cpu = model.device.type == "cpu"
         self.check_every = 1 if cpu else CUDA_CHECK_EVERY
-        self.cache_block = None if cpu else CUDA_CACHE_BLOCK
+        # Some models count from the end of the keys (GPT-Neo's windows), and transformers knows which do not.
+        self.cache_block = None if cpu or not model._can_compile_fullgraph else CUDA_CACHE_BLOCK
         # Norms of queries and keys leave them in float32 under autocast. Attention rounds them in any case.
         self.cache_dtype = torch.bfloat16 if half else None
         self.workers = Workers() if workers is None else workers

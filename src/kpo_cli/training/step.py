@@ -192,13 +192,21 @@ class Updater:
 
     @contextmanager
     def _room_for_moments(self) -> Iterator[None]:
-        """Holds the memory that AdamW takes in the first step of all, so that what fits before it fits behind it."""
-        absent = not self.optimizer.state and not isinstance(self.optimizer, HostAdamW)
-        room = [torch.empty_like(p) for p in self._parameters() for _ in range(2) if absent]
+        """Holds the memory that AdamW's moments will take in the first step and do not yet, since they were never made
+        or are in host memory: so what fits before it fits behind it."""
+        kept_away = isinstance(self.optimizer, HostAdamW)
+        absent = [p for p in self._parameters() if not kept_away and not self._has_moments(p)]
+        room = [torch.empty_like(p) for p in absent for _ in range(2)]
         try:
             yield
         finally:
             room.clear()
+
+    def _has_moments(self, parameter: Tensor) -> bool:
+        """On its device."""
+        return any(
+            t.dim() > 0 and t.device == parameter.device for t in self.optimizer.state.get(parameter, {}).values()
+        )
 
     def _parameters(self) -> list[Tensor]:
         return [p for p in self.scorer.model.parameters() if p.requires_grad]
