@@ -221,9 +221,10 @@ def in_the_locales_encoding(call: ast.Call) -> bool:
         return "text" in given or "universal_newlines" in given
     if name not in ("open", "fdopen") or (method and getattr(call.func, "value", None) is None):
         return False
-    if isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in ("os", "RunDir", "cls"):
-        return name == "fdopen"
-    mode = given.get("mode") or next(iter(call.args[0 if method else 1 :]), None)
+    owner = call.func.value if isinstance(call.func, ast.Attribute) else None
+    if name == "open" and getattr(owner, "id", "") in ("os", "RunDir", "cls"):
+        return False
+    mode = given.get("mode") or next(iter(call.args[0 if method and name == "open" else 1 :]), None)
     binary = isinstance(mode, ast.Constant) and "b" in str(mode.value)
     return not binary and "encoding" not in given
 
