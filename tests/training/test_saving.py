@@ -63,10 +63,12 @@ def same_runs(one, other, folders=("ratios", "evals")):
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+PINNED = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
 EXPLODED = RunStopped("the gradient is not finite")
 # Before step 3 there were four calls of the sampler (two of the first evaluation), and three mini-batches a step.
 PLACES = {
     "sampling": (HFSampler, "sample", 5, MEMORY, "step 3: out of memory", "step-000002"),
+    "moments on their way": (loop, "leave_device", 4, PINNED, "step 3: out of memory", "step-000002"),
     "the grader": (loop, "_grade", 3, MemoryError(), "step 3: out of memory", "step-000002"),
     "old log-probs": (Updater, "_old_log_probs", 6, CUBLAS, "step 3: out of memory", "step-000002"),
     "the first mini-batch": (Updater, "_learn", 7, EXPLODED, "step 3: the gradient", "step-000002"),

@@ -180,8 +180,15 @@ def check_memory(plan: MemoryPlan) -> str | None:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """What is raised where memory runs out; cuBLAS and the allocator of a CPU have no exception of their own for it."""
-    told = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "not enough memory", "can't allocate memory")
+    """What is raised where memory runs out; cuBLAS, CUDA's own calls (for pinned host memory, or a kernel's needs) and
+    the allocator of a CPU have no exception of their own for it."""
+    told = (
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+        "not enough memory",
+        "can't allocate memory",
+    )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in told)
 
 

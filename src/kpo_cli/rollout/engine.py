@@ -110,10 +110,11 @@ class VLLMEngine:
         self._count = self._pushes = 0
         self._unverified: set[str] | None = None
         arguments = engine_arguments(policy.dtype, device, max_length, self._sleeps, float32_logits, options)
+        given = "kv_cache_memory_bytes" in arguments
         if "gpu_memory_utilization" not in arguments:
-            if device == "cuda":  # also beside kv_cache_memory_bytes: at its start vLLM asks for a share to be free
-                arguments |= _gpu_share(reserved)
-            elif "kv_cache_memory_bytes" not in arguments:
+            if device == "cuda":  # vLLM asks at its start for this share to be free, even if it has no other use for it
+                arguments |= _gpu_share(0 if given else reserved)
+            elif not given:
                 arguments |= self._cpu_cache(arguments)
         with _as_user_error(), model_folder(self.model) as folder, _undisturbed(device):
             self.llm = vllm.LLM(str(folder), **arguments)
