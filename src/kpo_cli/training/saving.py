@@ -24,9 +24,13 @@ FAILURES = (RunStopped, RuntimeError, MemoryError, OSError, SafetensorError)
 """What may happen to a run that is right; an OSError is a full disk, in most cases."""
 
 
-def _is_expected(error: Exception) -> bool:
-    """Other RuntimeErrors than for want of memory are faults of ours."""
-    return not isinstance(error, RuntimeError) or lacks_memory(error)
+def _reason(error: Exception) -> str | None:
+    """Why the run has to stop; None for RuntimeErrors of another kind, which are faults of ours."""
+    if isinstance(error, RunStopped):
+        return str(error)
+    if lacks_memory(error):
+        return f"out of memory; {LESS_MEMORY}"
+    return None if isinstance(error, RuntimeError) else first_line(error)
 
 
 class Saver:
@@ -53,11 +57,9 @@ class Saver:
             yield
             return
         except FAILURES as error:
-            if not _is_expected(error):
+            reason, full = _reason(error), isinstance(error, NotSaved)
+            if reason is None:
                 raise
-            reason, full = first_line(error), isinstance(error, NotSaved)
-            if lacks_memory(error):
-                reason = f"out of memory; {LESS_MEMORY}"
         # Out of the handler, so that what the failed pass held is not kept alive by the error's traceback.
         gc.collect()
         torch.cuda.empty_cache()
@@ -73,7 +75,7 @@ class Saver:
             try:
                 self._write(whole)
             except FAILURES as error:
-                if not _is_expected(error):
+                if _reason(error) is None:
                     raise
                 return f"saving {whole.label} failed as well ({first_line(error)}); {self._lost()}"
         return f"what there is is saved, go on with: {self._resume}"
