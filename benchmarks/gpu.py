@@ -114,7 +114,7 @@ class Runner:
         self.results, self.log = options.out / "results.jsonl", options.out / "log.txt"
 
     def run(self) -> int:
-        """The number of parts that failed or did not end."""
+        """The number of parts that failed, did not end, or had no time."""
         prepare(self.chosen, self.options.small)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # with the part that runs, by `wait`
         total = sum(map(self.limit_of, self.chosen))
@@ -134,7 +134,7 @@ class Runner:
         text = tables(rows, self.parts)
         (self.options.out / "table.md").write_text(text + "\n")
         print(f"\n{text}\n\n{self.results}")
-        return sum(row["status"] in ("failed", "timeout") for row in rows)
+        return sum(row["status"] != "ok" for row in rows)
 
     def limit_of(self, part: Part) -> int:
         return part.small_seconds if self.options.small else part.seconds
@@ -156,8 +156,11 @@ class Runner:
         folder = Path(tempfile.mkdtemp(prefix=f"gpu-{part.name}-"))
         start = time.monotonic()
         try:
-            code = self.wait(self.start(part, folder, seconds), seconds)
-            return about | self.found(folder, code, time.monotonic() - start, seconds)
+            try:
+                code = self.wait(self.start(part, folder, seconds), seconds)
+            except (KeyboardInterrupt, SystemExit):
+                code, self.ends = None, 0.0  # what it has measured is kept, and nothing runs after it
+            return about | self.found(folder, code, time.monotonic() - start)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -199,12 +202,12 @@ class Runner:
                 os.waitpid(pid, 0)
         return code
 
-    def found(self, folder: Path, code: int | None, spent: float, limit: float) -> dict[str, Any]:
+    def found(self, folder: Path, code: int | None, spent: float) -> dict[str, Any]:
         """What a part left behind, however it ended."""
         kept = folder / "numbers.json"
         left = json.loads(kept.read_text()) if kept.exists() else {}
         if code is None:
-            return left | outcome("timeout", f"stopped after {limit:.0f} s", spent)
+            return left | outcome("timeout", f"stopped after {spent:.0f} s", spent)
         if "status" not in left:
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             said = self.log.read_text(errors="replace").split("\n===== ")[-1].split("Fatal Python error")[0]

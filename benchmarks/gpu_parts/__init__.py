@@ -4,8 +4,9 @@ What a part finds wrong it raises at its end (`require`), behind its numbers. Wh
 `NOT_MEASURED`, which is neither a number nor a pass.
 """
 
+import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,6 +52,11 @@ def require(wrong: list[str]) -> None:
     """Raise what was found wrong, if anything."""
     if wrong:
         raise AssertionError("; ".join(wrong))
+
+
+def largest(values: Iterable[float]) -> float:
+    """Of all, or NaN if there is one, which `max` would pass over."""
+    return max(values, key=lambda value: (math.isnan(value), value))
 
 
 def composed(*overrides: str) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from gpu_parts import NOT_MEASURED, Numbers, Setting, require
+from gpu_parts import NOT_MEASURED, Numbers, Setting, largest, require
 from kpo_cli.policy.attention import Packing, _band, decode_attention, packed_attention
 
 OPERATION = "aten::_scaled_dot_product_"
@@ -25,10 +25,12 @@ OPERATION = "aten::_scaled_dot_product_"
 
 def backends(setting: Setting) -> Numbers:
     """What runs for our shapes, by the profiler; then 20 ragged shapes, each twice, with and without cuDNN."""
-    half = torch.bfloat16
+    half, wrong = torch.bfloat16, list[str]()
     for dtype in (half, torch.float32):
         for name, call in shapes_of_ours(setting, dtype).items():
-            yield {f"{name}, {str(dtype).removeprefix('torch.')}": kernel_of(call, setting)}
+            case, kernel = f"{name}, {str(dtype).removeprefix('torch.')}", kernel_of(call, setting)
+            yield {case: kernel}
+            wrong += [f"{case}: {kernel}"] if "Error: " in kernel else []
     without = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     kinds: dict[str, Callable[[], Any]] = {"without cuDNN": lambda: sdpa_kernel(without), "torch's choice": nullcontext}
     if setting.cuda:
@@ -46,6 +48,7 @@ def backends(setting: Setting) -> Numbers:
                 continue
             yield {f"{what}: shapes": len(first), f"{what}: first, ms (mean)": statistics.mean(first)}
             yield {f"{what}: first, ms (most)": max(first), f"{what}: again, ms (mean)": statistics.mean(second)}
+    require(wrong)
 
 
 def shapes_of_ours(setting: Setting, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
@@ -161,10 +164,10 @@ def varlen(setting: Setting) -> Numbers:
             yield {f"varlen, {case}": f"{NOT_MEASURED}: a CPU has none"}
         for name, way in ways.items():
             off = [relative(a, b) for a, b in zip(run(way, (q, k, v), g, dtype), want, strict=True)]
-            yield {f"{name}, {case}: error of values": off[0], f"{name}, {case}: of q, k, v gradients": max(off[1:])}
-            wrong += (
-                [f"{name}, {case}: off by {max(off):.2g}"] if not max(off) < (0.02 if setting.cuda else 1e-5) else []
-            )
+            yield {f"{name}, {case}: error of values": off[0]}
+            yield {f"{name}, {case}: of q, k, v gradients": largest(off[1:])}
+            bound = 0.02 if setting.cuda else 1e-5
+            wrong += [f"{name}, {case}: off by {largest(off):.2g}"] if not largest(off) < bound else []
         if setting.cuda:
             calls = {name: partial(run, way, (q, k, v), g, dtype) for name, way in ways.items()}
             times = {name: milliseconds(call, setting.device, 5) for name, call in calls.items()}

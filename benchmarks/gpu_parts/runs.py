@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from gpu_parts import Numbers, Setting, require
+from gpu_parts import Numbers, Setting, largest, require
 
 STEPS = 6
 TIMES = ("time_", "tokens_per_second")
@@ -37,7 +37,7 @@ def resume(setting: Setting) -> Numbers:
     yield {"resumed, largest difference of a weight": weights}
     steps = [row["step"] for row in rows_of(killed)]
     wrong = [] if steps == list(range(STEPS + 1)) else [f"the resumed run has steps {steps}"]
-    if not setting.cuda and max(metrics, weights) > 0:
+    if not setting.cuda and largest((metrics, weights)) != 0:
         wrong.append("on a CPU a resumed run has the same bits")
     require(wrong)
 
@@ -85,7 +85,7 @@ def difference(one: Path, other: Path) -> float:
 
 def weight_difference(one: Path, other: Path) -> float:
     first, second = (load_file(run / f"checkpoints/step-{STEPS:06d}/model.safetensors") for run in (one, other))
-    return max(float((first[name] - second[name]).abs().max()) for name in first)
+    return largest(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 def long(setting: Setting) -> Numbers:

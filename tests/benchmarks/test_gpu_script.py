@@ -1,10 +1,14 @@
 """benchmarks/gpu.py: one part's end is not another's, what was measured is kept, and the parts can fail."""
 
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +23,7 @@ sys.path.append(str(BENCHMARKS))  # at the end: its names are plain ones
 
 import gpu_bundle  # noqa: E402
 from gpu import PARTS, main, read_results, shown, tables  # noqa: E402
-from gpu_parts import Setting, attention, composed, costs, numerics, runs  # noqa: E402
+from gpu_parts import Setting, attention, composed, costs, largest, numerics, runs  # noqa: E402
 
 from kpo_cli.policy.memory import MemoryPlan  # noqa: E402
 
@@ -129,6 +133,25 @@ def test_a_part_that_fails_aborts_or_hangs_ends_alone(fake, tmp_path: Path):
     assert "on its way out" in (tmp_path / "out/log.txt").read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_keeps_what_the_part_had_measured(number, fake, tmp_path: Path):
+    def stop() -> None:
+        while not (tmp_path / "out/log.txt").exists() or "===== hangs" not in (tmp_path / "out/log.txt").read_text():
+            time.sleep(0.1)
+        time.sleep(1)
+        found = subprocess.run(["pgrep", "-f", "--oldest", str(tmp_path)], capture_output=True, check=True)
+        os.kill(int(found.stdout), number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    rows, done = fake("--only", "env,hangs,last")
+    thread.join()
+    assert [rows[name]["status"] for name in ("env", "hangs", "last")] == ["ok", "timeout", "skipped"]
+    assert rows["hangs"]["numbers"] == {"before": 4}
+    assert done.returncode == 2
+    assert "| hangs | before | 4 |" in done.stdout
+
+
 def test_where_no_fork_works_new_interpreters_do(fake):
     rows, done = fake("--only", "env,good,aborts", FORKS_FAIL="1")
     assert {name: row["status"] for name, row in rows.items()} == {"env": "ok", "good": "ok", "aborts": "failed"}
@@ -141,7 +164,7 @@ def test_a_part_that_no_longer_fits_says_no_time(fake):
     assert rows["good"]["status"] == "skipped"
     assert rows["good"]["reason"].startswith("no time")
     assert rows["hangs"]["status"] == "timeout", "one that fits is still run"
-    assert done.returncode == 1
+    assert done.returncode == 2, "what was left out is no pass"
 
 
 def test_the_real_script_on_a_cpu_and_its_table(tmp_path: Path):
@@ -255,6 +278,26 @@ def test_log_probs_and_filters_would_see_an_error(small, monkeypatch):
         list(numerics.filters(small))
 
 
+def test_a_nan_is_no_small_error(small, monkeypatch):
+    """`max` passes over a NaN that does not come first."""
+    assert math.isnan(largest([1.0, math.nan, 2.0]))
+    one, nan = torch.ones(1), torch.full((1,), math.nan)
+    zero = torch.zeros(1)
+    assert math.isnan(numerics.errors((zero, {"a": one, "b": nan}), (zero, {"a": one, "b": one}))[1])
+    monkeypatch.setattr(numerics, "relative_error", lambda *_: math.nan)
+    with pytest.raises(AssertionError, match="kalman: off by nan"):
+        list(numerics.filters(small))
+
+
+def test_an_error_of_our_own_attention_is_no_pass(small, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(attention, "decode_attention", broken)
+    with pytest.raises(AssertionError, match="decoding, bfloat16: RuntimeError: no kernel"):
+        list(attention.backends(small))
+
+
 def test_the_difference_of_two_runs(tmp_path: Path):
     for name, rows in (("a", [{"step": 1, "x": 1.0, "time_step": 1}]), ("b", [{"step": 1, "x": 1.5, "time_step": 2}])):
         (tmp_path / name).mkdir()
@@ -366,12 +409,12 @@ def test_the_branches_of_a_gpu_have_no_slip(pretending, monkeypatch):
     assert any("cuDNN alone" in name for name in every(attention.backends(pretending)))
 
 
-@pytest.mark.parametrize("off", [0.0, 1e-9])
+@pytest.mark.parametrize("off", [0.0, 1e-9, math.nan])
 def test_triton_is_held_against_torch(pretending, off, monkeypatch):
     monkeypatch.setattr(numerics, "_triton_kernel", object)
     monkeypatch.setattr(numerics, "launch_triton", lambda kernel, *rows: numerics.saturated_scan_torch(*rows) + off)
     if off:
-        with pytest.raises(AssertionError, match="Triton differs from torch by 1e-09"):
+        with pytest.raises(AssertionError, match=f"Triton differs from torch by {off:.2g}"):
             list(numerics.filters(pretending))
     else:
         found = every(numerics.filters(pretending))

@@ -18,8 +18,8 @@ from kpo_cli.policy.load import load_policy
 from kpo_cli.rollout import HFSampler
 from kpo_cli.runs import checkpoints as written
 from kpo_cli.runs.checkpoints import checkpoints, newest_checkpoint, resumable_checkpoint
-from kpo_cli.runs.directory import sha256_of
-from kpo_cli.training import loop
+from kpo_cli.runs.directory import RunDir, sha256_of
+from kpo_cli.training import loop, saving
 from kpo_cli.training.check import changed_config
 from kpo_cli.training.step import Updater
 
@@ -239,3 +239,52 @@ def test_a_run_of_an_older_version_resumes_without_the_key():
     raw = {k: v for k, v in raw_config().items() if k not in ("run_dir", "resume", "overrides")}
     stored = {**raw, "trainer": {k: v for k, v in raw["trainer"].items() if k != "keep_optimizer"}}
     assert changed_config(stored, raw, []) == train_config(raw)
+
+
+CPU_ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error", [CPU_ALLOCATOR, MemoryError(), OSError(errno.EIO, "Input/output error")], ids=str)
+def test_a_save_behind_a_failure_that_fails_too_is_one_line(error, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    failing(monkeypatch, HFSampler, "sample", 5, MEMORY)
+    failing(monkeypatch, saving, "save_checkpoint", 1, error)
+    with pytest.raises(RunStopped, match=r"step 3: out of memory; .*saving step-000002 failed as well .*begin again"):
+        train(run, *SIZE, "trainer.checkpoint_every=0")
+
+
+def test_the_end_of_the_supervised_phase_is_saved_for_all_that(tmp_path, monkeypatch):
+    from test_supervised import CUT
+
+    run = tmp_path / "run"
+    failing(monkeypatch, written, "_write", 1, MEMORY, times=1)
+    with pytest.raises(RunStopped, match=r"saving step-000000: out of memory; .*what there is is saved"):
+        train(run, *CUT, "trainer.supervised.checkpoint_every=0")
+    assert [path.name for path in checkpoints(run)] == ["step-000000"]
+
+
+def test_a_row_of_metrics_that_could_not_be_written_is_written_by_the_resumed_run(whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    failing(monkeypatch, RunDir, "append_metrics", 4, OSError(errno.ENOSPC, "No space left"), times=1)
+    with pytest.raises(RunStopped, match=r"step 3: .*No space left"):
+        train(run, *SIZE)
+    monkeypatch.undo()
+    resume(run)
+    same_runs(run, whole)
+
+
+def test_a_full_disk_in_the_supervised_phase_is_one_line(tmp_path, monkeypatch):
+    from test_supervised import CUT
+
+    run = tmp_path / "run"
+    failing(monkeypatch, RunDir, "append_metrics", 3, OSError(errno.ENOSPC, "No space left"), times=1)
+    with pytest.raises(RunStopped, match=r"supervised step 3: .*No space left"):
+        train(run, *CUT, "trainer.supervised.checkpoint_every=2")
+
+
+def test_a_checkpoint_is_kept_beside_a_damaged_one_of_a_later_step(tmp_path):
+    sizes = ["trainer.keep_checkpoints=1", "trainer.keep_optimizer=1"]
+    run = train(tmp_path / "run", *SIZE, "trainer.keep_checkpoints=0", "trainer.keep_optimizer=0")
+    (run / "checkpoints/step-000004/model.safetensors").write_bytes(b"")
+    resume(run, *sizes, "trainer.steps=3")
+    assert resumable_checkpoint(run)[0] == run / "checkpoints/step-000003"

@@ -87,6 +87,7 @@ def save_checkpoint(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     found = checkpoints(run)
+    found = found[: found.index(final) + 1]  # later ones are damaged: the run did not go on from them
     for old in found[:-keep] if keep else []:
         shutil.rmtree(old)
     for old in found[-keep:][:-keep_optimizer] if keep_optimizer else []:

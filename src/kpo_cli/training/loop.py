@@ -76,6 +76,7 @@ def train(job: Training, run: RunDir, progress: Progress, display: Display) -> N
             step, after = progress.step + 1, replace(progress)
             with saver.keeping(progress, f"step {step}"):
                 metrics, batch, record = _step(job, after, display)
+                run.append_metrics(metrics)  # a step without its row is not whole
             progress = after
             last, stopping = step == config.steps, bool(stop)  # looked at once: time goes on
             with saver.keeping(progress, f"evaluation after step {step}"):
@@ -106,17 +107,15 @@ def _begin(job: Training, run: RunDir, step: int, display: Display) -> None:
 def _report(
     job: Training, run: RunDir, metrics: dict[str, Any], batch: Batch, record: UpdateRecord, display: Display
 ) -> None:
-    """What a step leaves in the run directory beside a checkpoint; adds its evaluation, if due, to `metrics`."""
+    """What a step leaves beside its row of metrics and a checkpoint; adds its evaluation, if due, to `metrics`."""
     step, clock = metrics["step"], Clock()
-    try:
-        if _due(step, job.config.trainer.ratios_every) and not record.uneven.any():
-            record_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
-        if _evaluates(job, step):
-            display.phase("evaluating")
-            metrics |= _evaluate(job, run, step, clock)
-            metrics |= clock.times()
-    finally:  # of an evaluation that failed the step is none the worse
-        run.append_metrics(metrics)
+    if _due(step, job.config.trainer.ratios_every) and not record.uneven.any():
+        record_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
+    if _evaluates(job, step):
+        display.phase("evaluating")
+        metrics |= _evaluate(job, run, step, clock)
+        metrics |= clock.times()
+        run.replace_last_metrics(metrics)
 
 
 def _evaluates(job: Training, step: int) -> bool:

@@ -21,6 +21,18 @@ from kpo_cli.runs.checkpoints import NotSaved, Progress, checkpoints, is_damaged
 from kpo_cli.runs.directory import RunDir, first_line
 from kpo_cli.training.stopping import resume_command
 
+FAILURES = (RunStopped, RuntimeError, MemoryError, OSError, SafetensorError)
+"""What may happen to a run that is right; an OSError is a full disk, in most cases."""
+
+
+def _reason(error: Exception) -> str | None:
+    """Why the run has to stop; None for RuntimeErrors of another kind, which are faults of ours."""
+    if isinstance(error, RunStopped):
+        return str(error)
+    if lacks_memory(error):
+        return f"out of memory; {LESS_MEMORY}"
+    return None if isinstance(error, RuntimeError) else first_line(error)
+
 
 class Saver:
     """Writes the checkpoints of a run."""
@@ -45,14 +57,10 @@ class Saver:
         try:
             yield
             return
-        except RunStopped as error:
-            reason, full = str(error), isinstance(error, NotSaved)
-        except (RuntimeError, MemoryError) as error:
-            if not lacks_memory(error):
+        except FAILURES as error:
+            reason, full = _reason(error), isinstance(error, NotSaved)
+            if reason is None:
                 raise
-            reason = f"out of memory; {LESS_MEMORY}"
-        except (OSError, SafetensorError) as error:  # a full disk, in most cases
-            reason = first_line(error)
         # Out of the handler, so that what the failed pass held is not kept alive by the error's traceback.
         gc.collect()
         torch.cuda.empty_cache()
@@ -61,13 +69,15 @@ class Saver:
 
     def _saved(self, whole: Progress) -> str:
         """Save `whole` unless it is the beginning, or there already."""
-        begun = whole.step > 0 or bool(whole.supervised_step)
+        begun = whole.step > 0 or whole.supervised_step != (0 if self.config.supervised.steps else None)
         if begun and is_damaged(self.run.path / "checkpoints" / whole.label):
             if not all(p.sum().isfinite() for p in self.policy.model.parameters()):
                 return f"its weights are not finite and not saved; {self._lost()}"
             try:
                 self._write(whole)
-            except (RunStopped, torch.OutOfMemoryError) as error:
+            except FAILURES as error:
+                if _reason(error) is None:
+                    raise
                 return f"saving {whole.label} failed as well ({first_line(error)}); {self._lost()}"
         return f"what there is is saved, go on with: {self._resume}"
 

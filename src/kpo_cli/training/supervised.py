@@ -107,10 +107,10 @@ def supervise(
         step = progress.supervised_step + 1
         with saver.keeping(progress, f"supervised step {step}"):
             metrics = _step(demonstrations, learner, step)
+            run.append_metrics(metrics, SUPERVISED)
         progress.supervised_step = step
         if learner.max_tokens < updater.max_tokens:  # out of memory once, found out for good
             updater.max_tokens = progress.max_tokens = learner.max_tokens
-        run.append_metrics(metrics, SUPERVISED)
         display.supervised(metrics, config.steps)
         every = config.checkpoint_every
         due, stopping = every > 0 and step % every == 0, bool(stop)  # looked at once: time goes on
