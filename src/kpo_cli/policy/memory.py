@@ -57,14 +57,13 @@ class MemoryPlan:
         return max(self.fixed + self.activations, self.sampling)
 
     def describe(self) -> str:
-        names = ("weights", "gradients", "optimizer", *(() if self.unknown else ("activations", "cache")))
-        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in names)
+        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in ("weights", "gradients", "optimizer"))
         free = f"{self.available / GIB:.1f} GiB free on {self.device}"
         if self.unknown:
             return f"memory: no estimate ({self.unknown}), but {self.fixed / GIB:.1f} GiB before any ({parts}), {free}"
         return (
-            f"memory: about {self.most / GIB:.1f} GiB ({parts}; the last two are estimates, and the cache is not there "
-            f"while gradients and activations are), {free}"
+            f"memory: about {self.most / GIB:.1f} GiB ({parts}, activations about {self.activations / GIB:.2f}, or the "
+            f"cache while sampling about {self.cache / GIB:.2f}), {free}"
         )
 
 
