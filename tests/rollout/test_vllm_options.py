@@ -77,7 +77,7 @@ def test_every_sample_is_a_request_with_a_seed_of_its_own():
 def test_an_evaluation_is_checked_as_well():
     """What it says is of weights that no step samples from: after the last update there is none."""
     engine = FakeEngine()
-    prompt = SimpleNamespace(token_ids=[1], problem=SimpleNamespace(id="a", problem="1 + 1", answer="2"))
+    prompt = SimpleNamespace(token_ids=[1], opening="", problem=SimpleNamespace(id="a", problem="1 + 1", answer="2"))
     job = SimpleNamespace(
         config=train_config(compose()),
         policy=SimpleNamespace(decode=lambda ids: "2"),
@@ -151,7 +151,7 @@ def test_an_evaluations_engine_leaves_room_for_its_check(monkeypatch):
     on_gpu = SimpleNamespace(device=torch.device("cuda"), config=model.config)
     policy = SimpleNamespace(dtype="bfloat16", stop_ids=[1], model=on_gpu)
     prompts = {"b": [SimpleNamespace(token_ids=[1] * length) for length in (3, 70, 9)]}
-    config = SimpleNamespace(eval=SimpleNamespace(rollout="vllm", max_tokens=500, engine=None), seed=0)
+    config = SimpleNamespace(eval=SimpleNamespace(rollout="vllm", longest=500, engine=None), seed=0)
     given = {}
 
     def starting(policy, **settings):
@@ -386,7 +386,7 @@ def test_the_engine_leaves_room_for_the_optimizer(monkeypatch):
 def test_long_sampling_is_shown(monkeypatch):
     lines = []
     display = Display(3, Console(force_terminal=False))
-    monkeypatch.setattr(display.console, "print", lambda line, **_: lines.append(line))
+    monkeypatch.setattr(display.console, "print", lambda line, **_: lines.append(str(line)))
     display.phase("sampling")
     display.sampled(0, 10)
     assert lines == []  # not yet a minute
