@@ -62,7 +62,7 @@ def test_a_sampler_that_samples_another_policy_is_found_out():
     assert make_packable(policy.model) is None
     scorer = Scorer(policy.model, 1.0, True, True)
     prompts = [[5, 6, 7], [8, 9]]
-    sampler, check, notes = make_sampler(config, policy, scorer, prompts, Workers(), lambda *_: None)
+    sampler, check, notes = make_sampler(config, policy, scorer, prompts, Workers(), lambda *_: None, 0)
     assert notes == []
     assert sampler.cache_dtype == torch.bfloat16
     groups = sampler.sample(prompts, 2, (0,))

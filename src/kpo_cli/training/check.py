@@ -128,14 +128,19 @@ def check_context(config: TrainConfig, policy: Policy) -> None:
         )
 
 
+def _add_new_keys(stored: dict[str, Any], raw: dict[str, Any]) -> None:
+    """Give a configuration that an older kpo stored the keys that there were not, with what held without them."""
+    new = {"data.duplicates": "similar", **{key: _node_at(raw, key) for key in (*MAY_CHANGE, "trainer.eval.data")}}
+    for key, value in new.items():
+        path, _, name = key.rpartition(".")
+        group = _node_at(stored, path)
+        if isinstance(group, dict):  # else it is no configuration, as is going to be said
+            group.setdefault(name, value)
+
+
 def changed_config(stored: dict[str, Any], raw: dict[str, Any], overrides: list[str]) -> TrainConfig:
     """The stored configuration with the changes that a resumed run may make."""
-    for key in MAY_CHANGE:  # one that the version that wrote it did not have yet
-        group, name = key.split(".")
-        stored[group].setdefault(name, raw[group][name])
-    # What runs did before there were keys for it.
-    stored["data"].setdefault("duplicates", "similar")
-    stored["trainer"]["eval"].setdefault("data", raw["trainer"]["eval"]["data"])
+    _add_new_keys(stored, raw)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         if key == "resume":
@@ -198,7 +203,12 @@ def _short(text: str) -> str:
 
 def value_at(config: dict[str, Any], key: str) -> Any:
     """What stands at a dotted key, None if nothing does; of a group, its name."""
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    value = _node_at(config, key)
     return value.get("name", value) if isinstance(value, dict) else value
+
+
+def _node_at(config: dict[str, Any], key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
