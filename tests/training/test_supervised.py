@@ -41,6 +41,7 @@ CUT = [
     "trainer.eval_every=0",
     "trainer.threads=1",
     "trainer.keep_checkpoints=0",
+    "trainer.keep_optimizer=0",
     "trainer.supervised.steps=4",
     "trainer.supervised.batch_tokens=150",
     "trainer.supervised.warmup_steps=2",
