@@ -102,8 +102,8 @@ def activation_bytes(model: Decoder, batch: Pass) -> int:
     embedding = 4 * square * (2 if model.tied else 1) if trained else 0  # and their sum
     # In an MLP's backward pass three gradients of its width are there and one activation has gone.
     working = hidden + 2 * (2 if batch.half else 4) * batch.tokens * model.intermediate
-    if batch.half and not trained:  # what adapters read is widened to their type first
-        working += 4 * batch.tokens * model.intermediate
+    if batch.half and not trained:  # the merged weight, its update and their sum in bfloat16 (policy/lora.py)
+        working += 10 * model.hidden * model.intermediate
     # Autocast's copies: the layers' are kept from the forward to the backward pass, the head's are made for each.
     head = 2 * square if batch.half else 0
     of_layers = 2 * model.matrices if batch.half and trained else 0
@@ -135,7 +135,9 @@ def _layer_bytes(model: Decoder, batch: Pass) -> int:
     kept += width * queries  # read by the output projection
     kept += (4 if model.gated else 2) * width * intermediate  # gate, its activation, the other half, their product
     attention = width * (2 * queries + 2 * keys)
-    return batch.tokens * (kept + int(width * batch.adapters)) + batch.gathered * attention
+    if not batch.half:  # in bfloat16 there is no product with A to keep
+        kept += int(width * batch.adapters)
+    return batch.tokens * kept + batch.gathered * attention
 
 
 def _head_bytes(model: Decoder, batch: Pass) -> tuple[int, int]:
