@@ -37,6 +37,7 @@ from kpo_cli.policy.attention import NAME, Packing
 from kpo_cli.policy.batch import Batch, make_batch
 from kpo_cli.policy.lora import adaptable, add_adapters, merge_in_forward
 from kpo_cli.policy.memory import GIB, state_bytes
+from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.response import Response
 from kpo_cli.policy.scorer import PackedBatch, Scorer, pack
 
@@ -103,8 +104,7 @@ def count(config: PretrainedConfig, batch: Batch, *, half: bool, recompute: bool
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
     if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
+        recompute_layers(model)
     if lora.rank:
         add_adapters(model, lora)
         if half:

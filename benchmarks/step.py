@@ -58,9 +58,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from kpo_cli.core import linear_log_probs, load_objective, token_log_probs
 from kpo_cli.policy import scorer as scoring
 from kpo_cli.policy.batch import Batch, make_batch
+from kpo_cli.policy.fidelity import choose_way
 from kpo_cli.policy.load import choose_kernels
+from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.response import Response
-from kpo_cli.policy.scorer import Scorer, make_packable
+from kpo_cli.policy.scorer import Scorer
 from kpo_cli.training.optimizer import HostAdamW
 from kpo_cli.training.step import Updater
 
@@ -130,7 +132,7 @@ def make_model(shape: Shape, device: str) -> Any:
     choose_kernels(torch.device(device))
     with torch.device(device):
         model = Qwen3ForCausalLM(config).eval()
-    if reason := make_packable(model):
+    if reason := choose_way(model).unpacked_because:
         raise SystemExit(f"this model cannot be packed: {reason}")
     return model
 
@@ -279,10 +281,7 @@ def one_step(
 ) -> dict[str, float]:
     """Seconds by phase, `peak` bytes, and `pass`, the most tokens of a pass."""
     device = model.device.type
-    if variant.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
+    recompute_layers(model, variant.recompute)
     clock = Clock(device)
     updater = TimedUpdater(
         scorer=Scorer(model, 1.0, half=device == "cuda", packed=variant.packed),

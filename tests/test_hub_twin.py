@@ -31,9 +31,10 @@ from kpo_cli.data.problems import Problem
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.policy.batch import Batch, make_batch
+from kpo_cli.policy.fidelity import choose_way
 from kpo_cli.policy.load import Policy, load_policy
 from kpo_cli.policy.response import Response
-from kpo_cli.policy.scorer import Scorer, make_packable
+from kpo_cli.policy.scorer import Scorer
 from kpo_cli.rollout import HFSampler
 from kpo_cli.runs.checkpoints import Progress, save_checkpoint
 
@@ -307,14 +308,14 @@ def test_log_probs_of_sampler_trainer_and_reference_agree(shape: str, template: 
         groups = sampler_of(policy).sample(prompts, 4, (1, 2))
         batch = batch_of(prompts, groups)
         trained, _ = Scorer(policy.model, 0.8)(batch)
-        assert make_packable(policy.model)  # `biased` puts a hook on the head
+        assert not choose_way(policy.model).packed  # `biased` puts a hook on the head
         references = [
             reference_log_probs(policy, prompt, response.token_ids, 0.8)
             for prompt, group in zip(prompts, groups, strict=True)
             for response in group
         ]
     own = copy.deepcopy(policy.model)  # the other tests go on with the model as it is
-    assert make_packable(own) is None
+    assert choose_way(own).packed
     packed, padded = (Scorer(own, 0.8, packed=packed)(batch)[0] for packed in (True, False))
     assert torch.allclose(packed[batch.response_mask], padded[batch.response_mask], atol=1e-5)
     assert batch.response_mask.sum(-1).unique().numel() > 1

@@ -19,6 +19,7 @@ from kpo_cli.core.filters import FILTERS
 from kpo_cli.core.robust import _triton_kernel, launch_triton, saturated_scan_torch
 from kpo_cli.policy.batch import Batch
 from kpo_cli.policy.load import load_policy
+from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.scorer import Scorer
 from kpo_cli.training import assemble
 from kpo_cli.training.step import Updater
@@ -68,10 +69,7 @@ def loaded_scorer(*overrides: str) -> Scorer:
 def largest_ratios(scorer: Scorer, batch: Batch, tokens: int, recompute: bool, lr: float) -> list[float]:
     """Largest |z| of each mini-batch; the first is 0 by construction. Mini-batches have two micro-batches."""
     model = scorer.model
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
+    recompute_layers(model, recompute)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
     objective = load_objective("kpo")
     updater = Updater(scorer, optimizer, objective, MINI_BATCHES, tokens // 2 + 1, 1.0, mask_truncated=False)

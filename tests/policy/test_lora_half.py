@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 from kpo_cli.config import LoraConfig
 from kpo_cli.core import load_objective
 from kpo_cli.policy import lora
+from kpo_cli.policy.fidelity import choose_way
 from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.lora import adapted, add_adapters, merge_in_forward, merged_once, named_weights, without_adapters
-from kpo_cli.policy.scorer import Scorer, make_packable
+from kpo_cli.policy.recompute import recompute_layers
+from kpo_cli.policy.scorer import Scorer
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler
 from kpo_cli.training.step import Updater
@@ -76,7 +78,7 @@ def pair(name, size=0.1, packed=True):
     wrapped.load_state_dict({f"base_model.model.{key}": value for key, value in model.state_dict().items()})
     plain = wrapped.merge_and_unload().requires_grad_(True)
     for each in (model, plain):
-        assert not packed or make_packable(each) is None
+        assert not packed or choose_way(each).packed
     merge_in_forward(model)
     return Scorer(model, 0.8, True, packed), Scorer(plain, 0.8, True, packed)
 
@@ -93,7 +95,7 @@ def test_log_probs_are_those_of_the_merged_model_to_the_bit(name, packed):
         below = Scorer(without_adapters(ours.model), 0.8, True, packed)(batch)[0]
         assert (below - expected[0]).abs().max() > 0.1  # the adapters do something
         start = Scorer(copy.deepcopy(_base(name)), 0.8, True)
-        assert not packed or make_packable(start.model) is None
+        assert not packed or choose_way(start.model).packed
         assert torch.equal(below, Scorer(start.model, 0.8, True, packed)(batch)[0])
     assert torch.equal(ours(batch)[0], expected[0])  # with gradients as well
 
@@ -194,7 +196,7 @@ def test_checkpointing_and_threads_change_no_bit():
     for checkpointing, workers in ((False, 1), (True, 1), (False, 2), (True, 2)):
         scorer, _ = pair("qwen3")
         if checkpointing:
-            scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+            assert recompute_layers(scorer.model)
         job = updater(scorer, 0.05, workers)
         record = job.update(batch, for_record=True)
         results.append([record.log_ratio, *(p for p in scorer.model.parameters() if p.requires_grad)])
@@ -229,7 +231,7 @@ def policy():
     for parameter in made.model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(0, 0.1, generator=draw)
-    assert make_packable(made.model) is None
+    assert made.way.packed
     merge_in_forward(made.model)
     return made
 
@@ -263,7 +265,7 @@ def test_the_sampler_samples_from_the_merged_model(policy):
     state = {f"base_model.model.{key}": value for key, value in policy.model.state_dict().items()}
     wrapped.load_state_dict({key: value.float() for key, value in state.items()})
     merged = wrapped.merge_and_unload()
-    assert make_packable(merged) is None
+    assert choose_way(merged).packed
     assert sampled(policy.model) == sampled(merged)
 
 
@@ -276,7 +278,7 @@ def test_within_a_sampling_gradients_still_reach_the_adapters(policy):
 def test_saved_and_loaded_it_is_the_same(policy, tmp_path):
     policy.save(tmp_path / "saved")
     again = load_policy(model_config(hub_twin.shared_model("qwen3"), rank=4, dtype="bfloat16"), tmp_path / "saved")
-    assert make_packable(again.model) is None
+    assert again.way.packed
     merge_in_forward(again.model)
     assert sampled(again.model) == sampled(policy.model)
     lora.save_merged(policy.model, tmp_path / "merged")

@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_scorer import PACKED, SHAPE, VOCABULARY, ragged_batch, tiny
+from test_scorer import PACKED, SHAPE, VOCABULARY, tiny
 from transformers import GPT2Config, GraniteConfig, LlamaConfig, MixtralConfig, Qwen2MoeConfig, Qwen3Config
 
 from kpo_cli.config import LoraConfig
 from kpo_cli.policy import attention, scorer
+from kpo_cli.policy.attention import NAME
+from kpo_cli.policy.fidelity import TOLERANCE, Way, _in_float64, _probe, _Trial, _WideSoftmax, choose_way
 from kpo_cli.policy.lora import add_adapters
-from kpo_cli.policy.scorer import TOLERANCE, Scorer, _gap, _in_float64, _probe, make_packable
+from kpo_cli.policy.scorer import Scorer
 
 DEEP = SHAPE | {"num_hidden_layers": 36, "initializer_range": 1.0}
 MODELS = {
@@ -23,9 +25,15 @@ MODELS = {
 
 
 def gaps(model):
-    """Of float32, and of a copy of the whole model in float64."""
-    batch = _probe(VOCABULARY)
-    return _gap(model, batch), _gap(doubled(model), batch)
+    """Of packed rows to eager attention, row by row: in float32, and of a copy of the whole model in float64."""
+    return packed_gap(copy.deepcopy(model)), packed_gap(doubled(model))
+
+
+@torch.no_grad()
+def packed_gap(model):
+    with _WideSoftmax():
+        trial = _Trial(model)
+        return trial._gap(Way(NAME, model.config._experts_implementation, packed=True), trial.truth)
 
 
 def doubled(model):
@@ -40,7 +48,7 @@ def test_a_deep_model_that_rounds_by_more_than_the_tolerance_is_packed(name):
     rounding, truth = gaps(model)
     assert rounding > TOLERANCE > 10 * truth
     before = {key: (p.data_ptr(), p.detach().clone()) for key, p in model.named_parameters()}
-    assert make_packable(model) is None
+    assert choose_way(model).packed
     assert model.config._attn_implementation == "kpo"
     for key, parameter in model.named_parameters():  # the same tensors with the same bits
         assert parameter.data_ptr() == before[key][0]
@@ -54,7 +62,7 @@ def test_a_deep_mixture_is_packed_and_keeps_its_kernels():
     assert experts != "eager"
     rounding, truth = gaps(model)
     assert rounding > TOLERANCE > 10 * truth
-    assert make_packable(model) is None
+    assert choose_way(model).packed
     assert model.config._experts_implementation == experts
 
 
@@ -91,7 +99,7 @@ def test_adapters_are_probed_too():
     model = tiny(MODELS["llama"])
     add_adapters(model, LoraConfig(4, None, "all-linear", False))
     assert gaps(model)[0] > TOLERANCE
-    assert make_packable(model) is None
+    assert choose_way(model).packed
 
 
 def test_weights_come_back_after_an_error():
@@ -148,42 +156,42 @@ packed_attention = attention.packed_attention
 def test_what_is_computed_otherwise_is_seen(model, where, name, wrong, monkeypatch):
     made = tiny(MODELS[model])
     monkeypatch.setattr(where, name, wrong)
-    assert "differ by" in make_packable(made)
+    assert "differ by" in choose_way(made).unpacked_because
     assert made.config._attn_implementation == "sdpa"
 
 
 def test_positions_that_are_learned_shifted_by_one(monkeypatch):
     deep = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=36, n_head=4, n_positions=64, initializer_range=0.5)
-    assert make_packable(tiny(deep)) is None
+    assert choose_way(tiny(deep)).packed
     monkeypatch.setattr(
         scorer, "pack", lambda *given: replace(pack(*given), position_ids=pack(*given).position_ids + 1)
     )
-    assert "differ by" in make_packable(tiny(deep))
+    assert "differ by" in choose_way(tiny(deep)).unpacked_because
 
 
 @pytest.mark.parametrize("scale", [3.0, 1.001])
 def test_a_deep_model_whose_head_scales(scale):
-    assert "differ by" in make_packable(tiny(GraniteConfig(**DEEP, logits_scaling=scale)))
+    assert "differ by" in choose_way(tiny(GraniteConfig(**DEEP, logits_scaling=scale))).unpacked_because
 
 
 def test_a_deep_model_with_a_window_in_the_mask_alone():
     window = {"sliding_window": 4096, "layer_types": ["sliding_attention"] + ["full_attention"] * 35}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     model = tiny(Qwen2MoeConfig(**DEEP, **experts, use_sliding_window=True, max_window_layers=0, **window))
-    assert "differ by" in make_packable(model)
+    assert "differ by" in choose_way(model).unpacked_because
 
 
 def test_a_head_that_a_hook_shifts():
     model = tiny(MODELS["llama"])
     model.lm_head.register_forward_hook(lambda module, args, out: out + torch.arange(VOCABULARY) / 1000)
-    assert "not a plain linear layer" in make_packable(model)
+    assert "not a plain linear layer" in choose_way(model).unpacked_because
 
 
 def test_a_layer_behind_the_decoder_is_seen():
     """A head's own bias is packed; a shift of the logits outside of it is not."""
     model = tiny(MODELS["llama"])
     model.lm_head.bias = torch.nn.Parameter(torch.arange(VOCABULARY) / 10)
-    assert make_packable(model) is None
+    assert choose_way(model).packed
 
     class Shifting(type(model)):
         def forward(self, *args, **kwargs):
@@ -193,11 +201,10 @@ def test_a_layer_behind_the_decoder_is_seen():
 
     other = tiny(MODELS["llama"])
     other.__class__ = Shifting
-    assert "differ by" in make_packable(other)
+    assert "differ by" in choose_way(other).unpacked_because
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_and_padded_agree_in_float64(name):
     """What the probe asks, on other rows than its own: the whole model in float64, so that nothing is rounding."""
-    model, batch = doubled(tiny(PACKED[name])), ragged_batch()
-    assert _gap(model, batch) < 2e-6
+    assert packed_gap(doubled(tiny(PACKED[name]))) < 2e-6

@@ -7,7 +7,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     FalconMambaConfig,
-    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GraniteConfig,
@@ -22,8 +21,9 @@ from transformers import (
 
 from kpo_cli.core.methods import METHODS, load_objective
 from kpo_cli.policy.batch import make_batch
+from kpo_cli.policy.fidelity import choose_way
 from kpo_cli.policy.response import Response
-from kpo_cli.policy.scorer import Scorer, make_packable, pack
+from kpo_cli.policy.scorer import Scorer, pack
 
 VOCABULARY = 97
 SHAPE = {
@@ -48,7 +48,6 @@ PACKED = {
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2),
 }
 PADDED = {
-    "gemma2 with soft caps": Gemma2Config(**SHAPE, head_dim=8),
     "granite with scaled logits": GraniteConfig(**SHAPE, logits_scaling=3.0),
     "falcon mamba": FalconMambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
@@ -85,7 +84,7 @@ def values_and_gradients(scorer, batch, entropy_gradient=True):
 def test_packed_is_padded_in_value_and_gradient(name):
     model, batch = tiny(PACKED[name]), ragged_batch()
     expected = values_and_gradients(Scorer(model, 0.7), batch)
-    assert make_packable(model) is None
+    assert choose_way(model).packed
     got = values_and_gradients(Scorer(model, 0.7, packed=True), batch)
     for one, two in zip(got[:2], expected[:2], strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
@@ -98,7 +97,7 @@ def test_what_cannot_be_packed_says_why_and_stays_as_it_was(name):
     model, batch = tiny(PADDED[name]), ragged_batch()
     expected = values_and_gradients(Scorer(model, 0.7), batch)
     own = model.config._attn_implementation
-    assert make_packable(model)
+    assert not choose_way(model).packed
     assert model.config._attn_implementation == own
     got = values_and_gradients(Scorer(model, 0.7), batch)
     assert torch.equal(got[0], expected[0])
@@ -106,7 +105,7 @@ def test_what_cannot_be_packed_says_why_and_stays_as_it_was(name):
 
 def test_log_probs_are_those_of_each_response_by_itself():
     model, batch = tiny(PACKED["qwen3"]), ragged_batch()
-    assert make_packable(model) is None
+    assert choose_way(model).packed
     log_probs, entropy = Scorer(model, 0.7, packed=True)(batch)
     for row in range(len(batch)):
         prompt = batch.prompt_ids[row, : batch.prompt_lengths[row]]
@@ -131,7 +130,7 @@ def test_the_loss_of_every_method_is_the_same_packed_and_padded(method):
     results = []
     for packed in (False, True):
         if packed:
-            assert make_packable(model) is None
+            assert choose_way(model).packed
         model.zero_grad()
         log_probs, _ = Scorer(model, 1.0, packed=packed)(batch)
         out = load_objective(method)(
@@ -203,16 +202,16 @@ def test_a_window_that_only_the_mask_knows_is_not_packed():
     window = {"sliding_window": 4096, "layer_types": ["sliding_attention"] * 2}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     model = tiny(Qwen2MoeConfig(**SHAPE, **experts, use_sliding_window=True, max_window_layers=0, **window))
-    assert "differ" in make_packable(model)
+    assert "differ" in choose_way(model).unpacked_because
     assert model.config.sliding_window == 4096
     mistral = tiny(MistralConfig(**SHAPE, sliding_window=4096))
-    assert make_packable(mistral) is None
+    assert choose_way(mistral).packed
     assert {layer.self_attn.config.sliding_window for layer in mistral.model.layers} == {4096}
 
 
 def test_the_name_of_the_attention_stays_out_of_checkpoints(tmp_path):
     model = tiny(PACKED["qwen3"])
-    assert make_packable(model) is None
+    assert choose_way(model).packed
     model.save_pretrained(tmp_path)
     assert "kpo" not in (tmp_path / "config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

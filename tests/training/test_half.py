@@ -10,7 +10,7 @@ from kpo_cli.config import train_config
 from kpo_cli.core import MaskedImportance, TruncatedImportance
 from kpo_cli.errors import SamplingFailed
 from kpo_cli.policy.load import load_policy
-from kpo_cli.policy.scorer import Scorer, make_packable
+from kpo_cli.policy.scorer import Scorer
 from kpo_cli.policy.threads import Workers
 from kpo_cli.training.assemble import _correction
 from kpo_cli.training.sampler import make_sampler
@@ -59,8 +59,7 @@ def test_a_run_in_float32_has_neither(tmp_path):
 def test_a_sampler_that_samples_another_policy_is_found_out():
     config = config_of("rollout=hf", "model.dtype=bfloat16")
     policy = load_policy(config.model)
-    assert make_packable(policy.model) is None
-    scorer = Scorer(policy.model, 1.0, True, True)
+    scorer = Scorer(policy.model, 1.0, True, packed=True)
     prompts = [[5, 6, 7], [8, 9]]
     sampler, check, notes = make_sampler(config, policy, scorer, prompts, Workers(), lambda *_: None, 0)
     assert notes == []

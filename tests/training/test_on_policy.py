@@ -15,9 +15,11 @@ from test_scorer import PACKED, ragged_batch, tiny
 from kpo_cli.config import LoraConfig
 from kpo_cli.core import load_objective
 from kpo_cli.policy.batch import make_batch
+from kpo_cli.policy.fidelity import choose_way
 from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.lora import add_adapters, merge_in_forward
-from kpo_cli.policy.scorer import Scorer, make_packable
+from kpo_cli.policy.recompute import recompute_layers
+from kpo_cli.policy.scorer import Scorer
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler
 from kpo_cli.training.step import Updater
@@ -46,8 +48,8 @@ def scorer_of(name, half, packed, lora=False, checkpointing=False):
             if parameter.requires_grad:
                 parameter.data.normal_(0, 0.1, generator=draw)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert not packed or make_packable(model) is None
+        assert recompute_layers(model)
+    assert not packed or choose_way(model).packed
     if lora and half:
         merge_in_forward(model)
     return Scorer(model, 0.8, half, packed)
@@ -95,7 +97,7 @@ def test_an_update_shows():
 @cache
 def policy(dtype):
     loaded = load_policy(model_config("model.device=cpu", f"model.dtype={dtype}"))
-    assert make_packable(loaded.model) is None
+    assert loaded.way.packed
     return loaded
 
 

@@ -1,5 +1,6 @@
 """What methods and filters ask of the trainer: fitted noise, dynamic sampling, overlong shaping, KL, correction."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -9,8 +10,9 @@ from small_runs import metrics, raw_config, resume, same_weights, train, weights
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
 
 from kpo_cli.config import train_config
+from kpo_cli.policy.fidelity import Way, choose_way
+from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.response import Response
-from kpo_cli.policy.scorer import Scorer
 from kpo_cli.training import assemble
 from kpo_cli.training.loop import Group, _overlong_penalty
 
@@ -112,14 +114,16 @@ def test_advantages_without_the_standard_deviation(tmp_path):
     assert metrics(run)[1]["grad_norm"] < metrics(plain)[1]["grad_norm"]
 
 
-def test_a_reference_that_cannot_be_packed_is_padded(monkeypatch):
+def test_the_reference_goes_the_way_of_the_policy():
     raw = raw_config("trainer.kl_coefficient=0.1")
     config = train_config({key: raw[key] for key in raw if key not in ("run_dir", "resume", "overrides")})
-    scorer = Scorer(None, 0.8, packed=True)
-    monkeypatch.setattr(assemble, "make_packable", lambda model: "log-probabilities differ by 0.00011")
-    assert not assemble._reference(config, scorer).packed
-    monkeypatch.undo()
-    assert assemble._reference(config, scorer).packed
+    policy = load_policy(config.model)
+    for way in (policy.way, Way("sdpa", policy.way.experts), Way("eager", policy.way.experts)):
+        scorer = way.scorer(policy.model, 0.8)
+        reference = assemble._reference(config, dataclasses.replace(policy, way=way), scorer)
+        assert (reference.packed, reference.temperature) == (way.packed, 0.8)
+        assert reference.model.config._attn_implementation == way.attention
+        assert reference.model is not policy.model
 
 
 def test_a_model_that_pads_says_what_it_costs():
@@ -127,7 +131,7 @@ def test_a_model_that_pads_says_what_it_costs():
 
     def scored(config):
         model = AutoModelForCausalLM.from_config(config).eval()
-        return assemble._scorer(SimpleNamespace(model=model, dtype="float32"), 1.0)
+        return assemble._scorer(SimpleNamespace(model=model, dtype="float32", way=choose_way(model)), 1.0)
 
     scorer, lines = scored(LlamaConfig(**shape))
     assert scorer.packed

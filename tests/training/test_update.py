@@ -5,13 +5,12 @@ import dataclasses
 
 import pytest
 import torch
-import transformers
 from small_runs import model_config
 
 from kpo_cli.core import load_objective
 from kpo_cli.policy.batch import make_batch
 from kpo_cli.policy.load import load_policy
-from kpo_cli.policy.scorer import Scorer, make_packable, pack
+from kpo_cli.policy.scorer import Scorer, pack
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler
 from kpo_cli.training.step import Updater
@@ -23,7 +22,7 @@ PROMPTS = [b"8-6-9+7?", b"1+1?", b"3*3*3-2-2?", b"9-9?"]
 def policy():
     torch.set_num_threads(1)
     loaded = load_policy(model_config("model.device=cpu"))
-    assert make_packable(loaded.model) is None
+    assert loaded.way.packed
     return loaded
 
 
@@ -52,26 +51,6 @@ def updater(policy, method="kpo", packed=True, **changes):
 
 def parameters(job):
     return list(job.scorer.model.parameters())
-
-
-@pytest.mark.parametrize("family", ["OPT", "BioGpt", "Bloom", "Mixtral"])
-def test_train_mode_changes_nothing_whatever_a_model_calls_its_dropout(family, tmp_path):
-    """Gradient checkpointing works in train mode alone; what it switched on would make every ratio noise."""
-    tokenizer = load_policy(model_config()).tokenizer
-    sizes = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    own = {
-        "OPT": {"word_embed_proj_dim": 32, "ffn_dim": 48},
-        "BioGpt": {"intermediate_size": 48},
-        "Bloom": {"hidden_dropout": 0.1},
-        "Mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "router_jitter_noise": 0.1},
-    }
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**sizes | own[family])
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    model = load_policy(model_config(f"model.path='{tmp_path}'", "model.gradient_checkpointing=true")).model
-    ids = torch.arange(40).view(2, 20)
-    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
 
 
 def test_rows_hold_what_was_sampled(policy, batch):

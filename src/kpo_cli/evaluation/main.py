@@ -111,7 +111,7 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
 def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalConfig) -> Asked:
     policy = subject.load(role)
     workers = share_threads(None, policy.parameters, policy.model.device)
-    prompts, notes = {}, []
+    prompts, notes = {}, list(policy.way.notes)
     for benchmark in benchmarks:
         builder = subject.prompts(policy, benchmark.has_instruction)
         prompts[benchmark.name] = [builder.build(problem) for problem in benchmark.problems]

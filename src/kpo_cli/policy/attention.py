@@ -56,6 +56,10 @@ class Packing:
         return cls(tuple(buckets), order.to(device))
 
 
+class Lacking(NotImplementedError):
+    """A model wants what sdpa does not have, and would do without in silence."""
+
+
 def attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -71,12 +75,15 @@ def attention(
     """An attention function for transformers: its own sdpa, unless there is a `packing` or one new token a row.
 
     `query` (B, heads, T, size), `key` and `value` (B, key-value heads, T, size); returns (B, T, heads, size). Raises
-    NotImplementedError if a packed model wants what plain attention does not have.
+    Lacking, or NotImplementedError if a packed model wants a position bias.
     """
-    plain = all(others.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+    for name, called in (("softcap", "soft cap"), ("s_aux", "attention sinks")):
+        if others.get(name) is not None:
+            raise Lacking(f"sdpa has no {called}")
+    plain = others.get("position_bias") is None
     if packing is not None:
         if not plain:
-            raise NotImplementedError("packed attention has no soft cap, sinks or position bias")
+            raise NotImplementedError("packed attention has no position bias")
         return packed_attention(query, key, value, packing, sliding_window, scaling), None
     if plain and query.shape[2] == 1:
         return decode_attention(query, key, value, attention_mask, scaling), None

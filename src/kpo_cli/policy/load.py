@@ -15,6 +15,7 @@ import torch
 from kpo_cli.builtin import POLICY_DIR
 from kpo_cli.config import Architecture, ModelConfig
 from kpo_cli.errors import UserError
+from kpo_cli.policy.fidelity import Way, choose_way
 from kpo_cli.policy.lora import (
     MERGED,
     adapted,
@@ -25,6 +26,7 @@ from kpo_cli.policy.lora import (
     save_merged,
     with_merged_adapters,
 )
+from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.threads import Workers
 from kpo_cli.runs.directory import first_line, sha256_of
 
@@ -49,7 +51,9 @@ LOADING = (
 @dataclass(frozen=True)
 class Policy:
     model: Any
-    """A transformers causal language model with float32 weights, without dropout: it would make every ratio noise."""
+    """A transformers causal language model with float32 weights, in eval mode for good."""
+    way: Way
+    """How its log-probabilities are computed, so that they are the model's own."""
     tokenizer: Any
     stop_ids: tuple[int, ...]
     parameters: int
@@ -90,10 +94,11 @@ class Policy:
         return {i: t.content for i, t in added.items() if t.special and t.content in ("<think>", "</think>")}
 
 
-def load_policy(config: ModelConfig, weights: Path | None = None) -> Policy:
+def load_policy(config: ModelConfig, weights: Path | None = None, before: Way | None = None) -> Policy:
     """The policy of a configuration; `weights` is a checkpoint to take the weights from in its place.
 
-    Raises UserError if it is not a model, or its tokenizer does not fit.
+    `before` is how the run that it goes on with computed. Raises UserError if it is not a model, its tokenizer does not
+    fit, or there is no way to compute what it is.
     """
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig, AutoTokenizer
@@ -136,10 +141,10 @@ def load_policy(config: ModelConfig, weights: Path | None = None) -> Policy:
         if weights is not None:
             load_adapters(model, weights)
     device, half = choose_device(config)
-    _prepare(model, tokenizer, stop_ids, config, device, half)
+    way = _prepare(model, tokenizer, stop_ids, config, device, half, before)
     dtype = "bfloat16" if half else "float32"
     identity = model_identity(config, model)
-    return Policy(model, tokenizer, stop_ids, parameters, dtype, identity, config.lora.merge_checkpoints)
+    return Policy(model, way, tokenizer, stop_ids, parameters, dtype, identity, config.lora.merge_checkpoints)
 
 
 def _pretrained(source: str) -> tuple[Any, dict[str, Any]]:
@@ -173,26 +178,31 @@ def base_of(source: str) -> str:
 
 
 def _prepare(
-    model: Any, tokenizer: Any, stop_ids: tuple[int, ...], config: ModelConfig, device: torch.device, half: bool
-) -> None:
+    model: Any,
+    tokenizer: Any,
+    stop_ids: tuple[int, ...],
+    config: ModelConfig,
+    device: torch.device,
+    half: bool,
+    before: Way | None,
+) -> Way:
     from transformers import GenerationConfig
 
     # Whatever the model's own file says of top-k, temperature or penalties must not travel on with checkpoints.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id
     )
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):  # OPT's dropout is a number, Mixtral's router has jitter
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(module, name, 0.0)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.gradient_checkpointing and not recompute_layers(model):
+        raise UserError(
+            f"model.path={config.path}: transformers cannot recompute the layers of this architecture; set "
+            f"model.gradient_checkpointing=false"
+        )
     choose_kernels(device)
-    model.eval().to(device)
+    model.eval().to(device)  # eval for good: in train mode dropout would make every ratio noise
+    way = choose_way(model, before)
     if half:  # one place for sampling and training alike, so that both see the same numbers
         model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(model.forward)
+    return way
 
 
 def choose_kernels(device: torch.device) -> None:

@@ -5,8 +5,6 @@ Two ways with the same values and gradients. Packed: no padding, each prompt onc
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kpo_cli.core import linear_log_probs, token_log_probs
-from kpo_cli.policy.attention import NAME, Packing
-from kpo_cli.policy.batch import Batch, make_batch
-from kpo_cli.policy.response import Response
-
-PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
-TOLERANCE = 1e-4
-"""Between the log-probs of both ways. Where float32 rounds by more, as in a deep model, float64 has to decide."""
-PROBE_WINDOW = 4
-"""Of `make_packable`'s rows, which have 5 to 14 tokens."""
+from kpo_cli.policy.attention import Packing
+from kpo_cli.policy.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,9 @@ class Scorer:
     half: bool = False
     """The forward pass runs in bfloat16, over float32 weights."""
     packed: bool = False
-    """See `make_packable`."""
+    """The model has packed attention (`fidelity.choose_way`)."""
+    alone: bool = False
+    """Each row is a micro-batch of its own: the model is another one where rows are padded."""
 
     def __call__(self, batch: Batch, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the response tokens and entropies (nats), both (N, T), on the model's device.
@@ -120,7 +113,7 @@ class Scorer:
             attention_mask=attention_mask.to(self.model.device),
             logits_to_keep=keep,
             use_cache=False,
-        ).logits
+        ).logits[:, -keep:]  # some models compute them all
         columns = (batch.prompt_lengths - 1 - first)[:, None] + torch.arange(length)
         columns = columns.clamp(max=keep - 1).to(logits.device)
         rows = torch.arange(len(batch), device=logits.device)[:, None]
@@ -129,6 +122,8 @@ class Scorer:
 
     def split(self, batch: Batch, rows: Tensor, max_tokens: int) -> list[Tensor]:
         """Cut `rows` of a batch into micro-batches of at most `max_tokens` in the forward pass, or one row each."""
+        if self.alone:
+            return list(rows.split(1))
         return (_split_packed if self.packed else _split_padded)(batch, rows, max_tokens)
 
 
@@ -166,123 +161,6 @@ def _split_padded(batch: Batch, rows: Tensor, max_tokens: int) -> list[Tensor]:
         parts.append(rows[order[:count]])
         lengths, order = lengths[count:], order[count:]
     return parts
-
-
-def make_packable(model: Any) -> str | None:
-    """Switch a model (in float32, not under autocast) to packed attention; else a reason why it cannot be.
-
-    Decided by trying: a few made-up rows must get the same log-probabilities both ways, which also says that nothing
-    but a linear head stands between the decoder's hidden states and the logits.
-    """
-    config = model.config.get_text_config()
-    own = model.config._attn_implementation
-    if own not in ("sdpa", NAME):
-        return f"its attention is {own}"
-    if other := set(getattr(config, "layer_types", None) or ()) - PACKABLE_LAYERS:
-        return f"it has layers of {', '.join(sorted(other))}"
-    head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head._forward_hooks or head._forward_pre_hooks:
-        return f"its head is not a plain linear layer ({type(head).__name__})"
-    batch = _probe(config.vocab_size)
-    try:
-        gap = _gap(model, batch)
-        if not gap < TOLERANCE:
-            with _in_float64(model):
-                gap = _gap(model, batch)
-        reason = None if gap < TOLERANCE else f"log-probabilities differ by {gap:.2g}"
-    except Exception as error:  # a stranger's model code may raise anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    model.set_attn_implementation(own if reason else NAME)
-    return reason
-
-
-@torch.no_grad()
-def _gap(model: Any, batch: Batch) -> float:
-    """The largest difference of the log-probabilities, padded and packed."""
-    own = model.config._attn_implementation
-    with _short_windows(model):
-        expected, _ = Scorer(model, 1.0)(batch)
-        model.set_attn_implementation(NAME)
-        try:
-            values, _ = Scorer(model, 1.0, packed=True)(batch)
-        finally:
-            model.set_attn_implementation(own)
-    return float((values - expected)[batch.response_mask.to(values.device)].abs().max())
-
-
-@contextmanager
-def _in_float64(model: Any) -> Iterator[None]:
-    """Within the block the model computes in float64, with no more than one layer and the head copied at a time.
-
-    What it rounds to float32 by itself, as in its norms, it rounds both ways alike.
-    """
-    narrow: dict[torch.nn.Parameter, Tensor] = {}
-    head = list(model.get_output_embeddings().parameters())  # read from outside its forward pass
-
-    def widen(parameters: Iterable[torch.nn.Parameter]) -> None:
-        for parameter in parameters:
-            if parameter.dtype == torch.float32:
-                narrow[parameter] = parameter.data
-                parameter.data = parameter.data.double()
-
-    def restore(parameters: Iterable[torch.nn.Parameter]) -> None:
-        for parameter in parameters:
-            if parameter in narrow:
-                parameter.data = narrow.pop(parameter)
-
-    handles = []
-    experts = model.config._experts_implementation
-    for module, own in _units(model):
-        passing = [parameter for parameter in own if not any(parameter is other for other in head)]
-        handles.append(module.register_forward_pre_hook(lambda *_, own=passing: widen(own)))
-        handles.append(module.register_forward_hook(lambda *_, own=passing: restore(own)))
-    try:
-        if experts is not None:
-            model.set_experts_implementation("eager")  # a grouped product has no float64
-        widen(head)
-        yield
-    finally:
-        if experts is not None:
-            model.set_experts_implementation(experts)
-        for handle in handles:
-            handle.remove()
-        restore(list(narrow))
-
-
-def _units(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, list[torch.nn.Parameter]]]:
-    """The layers of a model, each with all of its parameters, and what stands around them with its own."""
-    yield module, list(module.parameters(recurse=False))
-    for child in module.children():
-        if isinstance(child, torch.nn.ModuleList):
-            yield from ((layer, list(layer.parameters())) for layer in child)
-        else:
-            yield from _units(child)
-
-
-@contextmanager
-def _short_windows(model: Any) -> Iterator[None]:
-    """Within the block sliding windows are so short that the probe sees them act: some layers have theirs in the
-    mask alone, which packed attention does not read."""
-    holders = [*model.modules(), model.config.get_text_config()]
-    own = [(holder, window) for holder in holders if isinstance(window := getattr(holder, "sliding_window", None), int)]
-    for holder, window in own:
-        holder.sliding_window = min(window, PROBE_WINDOW)
-    try:
-        yield
-    finally:
-        for holder, window in own:
-            holder.sliding_window = window
-
-
-def _probe(vocabulary: int) -> Batch:
-    """Two prompts with two responses each, of different lengths, of tokens spread over the vocabulary."""
-    draw = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(vocabulary, (count,), generator=draw).tolist()
-
-    groups = [[Response(tokens(count), [0.0] * count, True) for count in counts] for counts in ((4, 9), (7, 2))]
-    return make_batch([tokens(3), tokens(5)], groups, torch.zeros(4), torch.zeros(4))
 
 
 def _joined(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kpo_cli.policy.attention import decode_attention
+from kpo_cli.policy.fidelity import plain_logits
 from kpo_cli.rollout.cache import GrowingLayer, spread
 
 TOLERANCE = 1e-4
@@ -147,7 +148,7 @@ class Decoder:
 
 @torch.no_grad()
 def fits(model: Any) -> bool:
-    """Whether `Decoder` computes what `model` does, for any weights: it is tried with some that are drawn.
+    """Whether `Decoder` computes what `model` is (`fidelity.plain_logits`), for any weights: tried with some drawn.
 
     With those of the model a difference might be too small to see, as long as they are fresh or zero.
     """
@@ -166,7 +167,7 @@ def fits(model: Any) -> bool:
 
 
 def _gap(model: Any, ids: Tensor, padding: Tensor) -> float:
-    """The largest difference of log-probs to a plain forward pass, with the last tokens of `ids` (B, L) step by step.
+    """The largest difference of log-probs to those of the model, with the last tokens of `ids` (B, L) step by step.
 
     `padding` (B,) of the first tokens of each row are none.
     """
@@ -174,7 +175,9 @@ def _gap(model: Any, ids: Tensor, padding: Tensor) -> float:
     prompt = length - 4
     mask = torch.arange(length) >= padding[:, None]
     positions = (torch.arange(length) - padding[:, None]).clamp(min=0)
-    expected = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits
+    truth = copy.deepcopy(model)
+    alone = [plain_logits(truth, row[start:])[-4:] for row, start in zip(ids, padding.tolist(), strict=True)]
+    expected = torch.stack(alone).log_softmax(-1)
     cache = model(
         input_ids=ids[:, :prompt],
         attention_mask=mask[:, :prompt].long(),
@@ -195,7 +198,7 @@ def _gap(model: Any, ids: Tensor, padding: Tensor) -> float:
             positions[:, place] if padded else place,
             mask[:, None, None, : place + 1] if padded else None,
         )
-        difference = torch.log_softmax(logits, -1) - torch.log_softmax(expected[:, place], -1)
+        difference = torch.log_softmax(logits, -1) - expected[:, place - prompt]
         gap = max(gap, float(difference.abs().nan_to_num(torch.inf).max()))
     return gap
 

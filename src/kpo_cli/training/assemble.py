@@ -17,7 +17,7 @@ from kpo_cli.evaluation.benchmarks import Files, load_benchmarks
 from kpo_cli.policy.load import Policy, choose_device, load_policy, share_threads
 from kpo_cli.policy.lora import merge_in_forward, without_adapters
 from kpo_cli.policy.memory import max_tokens
-from kpo_cli.policy.scorer import Scorer, make_packable
+from kpo_cli.policy.scorer import Scorer
 from kpo_cli.rollout.engine import choose_engine
 from kpo_cli.runs.checkpoints import Progress, restore
 from kpo_cli.training.check import check_context
@@ -57,7 +57,7 @@ def assemble(
             f"problems; lower it"
         )
     scorer, note = _scorer(policy, rollout.temperature)
-    reference = _reference(config, scorer)
+    reference = _reference(config, policy, scorer)
     config, offload_notes = resolve_offload(config, policy)
     updater = Updater(
         scorer=scorer,
@@ -182,33 +182,31 @@ def _expanded(path: str) -> Path:
 
 
 def _scorer(policy: Policy, temperature: float) -> tuple[Scorer, list[str]]:
-    """What computes log-probabilities, and a warning if it has to pad."""
-    reason = make_packable(policy.model)
-    if policy.dtype == "bfloat16":
+    """What computes log-probabilities, and what that costs if it is slow."""
+    half = policy.dtype == "bfloat16"
+    if half:
         merge_in_forward(policy.model)
-    return Scorer(policy.model, temperature, policy.dtype == "bfloat16", packed=reason is None), _padding(
-        policy, reason
-    )
+    return policy.way.scorer(policy.model, temperature, half), [*policy.way.notes, *_padding(policy)]
 
 
-def _padding(policy: Policy, reason: str | None) -> list[str]:
-    """What it costs that a model cannot be packed, if there is a `reason`."""
-    if reason is None:
+def _padding(policy: Policy) -> list[str]:
+    """What it costs that a model cannot be packed, if it cannot."""
+    if policy.way.packed:
         return []
     vocabulary = policy.model.config.get_text_config().vocab_size
     held = 1024 * vocabulary * 8 / 2**30  # in float32, and their logarithms of probabilities for the backward pass
     return [
-        f"warning: this model's forward passes are padded, not packed ({reason}): each row of a micro-batch takes as "
-        f"long as its longest, each response computes its prompt again, and 1,024 tokens hold at least {held:.2g} GiB "
-        f"of logits of the vocabulary of {vocabulary:,}"
+        f"warning: this model's forward passes are padded, not packed ({policy.way.unpacked_because}): each row of a "
+        f"micro-batch takes as long as its longest, each response computes its prompt again, and 1,024 tokens hold at "
+        f"least {held:.2g} GiB of logits of the vocabulary of {vocabulary:,}"
     ]
 
 
-def _reference(config: TrainConfig, scorer: Scorer) -> Scorer | None:
+def _reference(config: TrainConfig, policy: Policy, scorer: Scorer) -> Scorer | None:
     """The policy at the start of the run, whatever checkpoint this one goes on from; None without a KL to it."""
     if not config.trainer.kl_coefficient:
         return None
     if config.model.lora.rank:
         return dataclasses.replace(scorer, model=without_adapters(scorer.model))
-    model = load_policy(config.model).model.requires_grad_(False)
-    return dataclasses.replace(scorer, model=model, packed=scorer.packed and make_packable(model) is None)
+    start = load_policy(config.model, before=policy.way)
+    return start.way.scorer(start.model.requires_grad_(False), scorer.temperature, scorer.half)

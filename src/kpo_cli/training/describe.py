@@ -88,6 +88,7 @@ def manifest_of(job: Training, problems: ProblemSets) -> dict[str, Any]:
         },
         first_prompt=job.train[0].text,
         dtype=job.policy.dtype,
+        way=job.policy.way.facts(),
         threads=torch.get_num_threads(),
         device=str(job.policy.model.device),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -7,6 +7,7 @@ from typing import Any
 from kpo_cli.config import TrainConfig, as_dict, data_label, model_label, train_config
 from kpo_cli.data.load import load_problems
 from kpo_cli.errors import RunInterrupted, UserError
+from kpo_cli.policy.fidelity import Way
 from kpo_cli.policy.load import load_policy
 from kpo_cli.runs.checkpoints import Progress, resumable_checkpoint
 from kpo_cli.runs.directory import RunDir, check_new, default_run_dir, path_of, run_of
@@ -59,7 +60,8 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         problems = load_problems(config.data)
         check_unchanged(path, config, problems, run.manifest())
         fit = check_fit(config, path)
-        policy = load_policy(config.model, checkpoint)
+        way = run.manifest().get("way")  # a run of an older kpo has none
+        policy = load_policy(config.model, checkpoint, way and Way.stored(way))
         config = complete(config, policy)
         display = Display(config.trainer.steps)
         job, progress, notes = assemble(config, objective, problems, policy, display, checkpoint)

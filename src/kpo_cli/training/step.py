@@ -106,9 +106,6 @@ class Updater:
         nothing to the loss but decides the signs of the smallest log-ratios, and signs are what is analysed.
         """
         parts = self._mini_batches(batch)
-        model = self.scorer.model
-        # Gradient checkpointing works in train mode only; there is no dropout that the mode could switch on.
-        model.train(model.is_gradient_checkpointing)
         known = batch.rollout_log_probs if self.sampler_log_probs and not for_record else None
         old, learned = self._begin(batch, parts, known)
         record, size = UpdateRecord.empty(*batch.response_ids.shape), self.max_tokens
@@ -119,7 +116,6 @@ class Updater:
             record.uneven[rows] = self.scorer.half and self.max_tokens < size
             self._optimizer_step(batch, rows, learned, record)
         self.optimizer.zero_grad(set_to_none=True)  # sampling has better use for the memory
-        model.eval()
         return record
 
     def refit(self, sums: Tensor) -> str | None:
