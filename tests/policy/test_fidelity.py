@@ -22,7 +22,6 @@ from kpo_cli.policy.fidelity import TOLERANCE, Way, choose_way
 from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.scorer import Scorer
-from kpo_cli.rollout import decoder
 from kpo_cli.runs.ratios import read_ratios
 from kpo_cli.training.main import run
 
@@ -230,12 +229,6 @@ def test_what_fresh_weights_hide_is_found(monkeypatch):
         gap = scored(Scorer(model, 1.0), batch) - true_log_probs(untouched_copy(model), batch)
     assert gap.abs().max() < TOLERANCE / 10
     assert choose_way(model).attention == "eager"
-
-
-def test_the_decode_step_of_our_own_is_held_to_eager_attention(monkeypatch):
-    assert decoder.fits(llama())
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", capped(1.0))
-    assert not decoder.fits(llama())
 
 
 def mixture():

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from test_fidelity import capped
 from test_sampler_models import PROMPTS, SMALL, STOPS, log_softmax_behind, model_of
+from transformers.models.llama import modeling_llama
 
 from kpo_cli.config import LoraConfig
 from kpo_cli.policy.lora import add_adapters
@@ -176,3 +178,10 @@ def test_trying_shows_a_difference_that_the_weights_hide():
     assert Decoder.of(model, 8) is not None  # its modules are Llama's
     assert not decoder.fits(model)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_our_step_is_held_to_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not to the sdpa that it is made of."""
+    assert decoder.fits(model_of("llama"))
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", capped(1.0))
+    assert not decoder.fits(model_of("llama"))
