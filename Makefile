@@ -28,8 +28,9 @@ $(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt
 		$(VLLM_PACKAGES)
 	touch $@
 
+# A process a core of two, each with whole files, so that what a file's tests share is made once. ARGS="-n 0": one process.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,9 @@ PARTS = (
 def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
     options = parse(arguments, parts)
     if options.table:
-        print(tables(read_results(options.table), parts))
+        with in_one_line(f"--table {options.table} cannot be read"):
+            rows = read_results(options.table)
+        print(tables(rows, parts))
         return 0
     if options.list:
         print("\n".join(f"{part.name:10} {part.seconds:4} s  {part.question}" for part in parts))
@@ -103,6 +105,16 @@ def parse(arguments: Sequence[str] | None, parts: Sequence[Part]) -> argparse.Na
     return options
 
 
+@contextlib.contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """A file that cannot be used ends the script with one line and exit code 2."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        print(f"{Path(sys.argv[0]).name}: {what} ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 class Runner:
     """Runs parts one after the other, and writes what came out of each."""
 
@@ -110,8 +122,11 @@ class Runner:
         self.options, self.chosen, self.parts = options, chosen, parts
         self.fresh = options.fresh
         self.ends = time.monotonic() + options.budget
-        options.out.mkdir(parents=True, exist_ok=True)
         self.results, self.log = options.out / "results.jsonl", options.out / "log.txt"
+        with in_one_line(f"--out {options.out} cannot be written to"):
+            options.out.mkdir(parents=True, exist_ok=True)
+            for file in (self.results, self.log, options.out / "table.md"):
+                file.open("a").close()
 
     def run(self) -> int:
         """The number of parts that failed, did not end, or had no time."""

@@ -206,6 +206,28 @@ def test_what_cannot_be_meant_is_refused(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "a file/out"], "a file/out cannot be written to (Not a directory)"),
+        (["--out", "a file"], "a file cannot be written to (File exists)"),
+        (["--out", "taken"], "taken cannot be written to (Is a directory)"),
+        (["--table", "nowhere"], "nowhere cannot be read (No such file or directory)"),
+        (["--table", "a file"], "a file cannot be read (Expecting value"),
+    ],
+)
+def test_files_that_cannot_be_used_are_one_line(arguments, said, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a file").write_text("no results")
+    Path("taken/results.jsonl").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--only", "env"])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
 def test_without_a_gpu_a_part_says_so(fake):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

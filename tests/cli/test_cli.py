@@ -315,6 +315,9 @@ def parquet(rows: list[Any]) -> bytes:
         ),
         ("d.jsonl", jsonl(ROWS[:3]).encode() + b'{"problem": "\xe9", "answer": "1"}\n', "d.jsonl:4: not UTF-8"),
         ("d.jsonl", jsonl(ROWS).encode("utf-16"), "d.jsonl:1: not UTF-8"),
+        ("d.jsonl", json.dumps(ROWS[0]).encode("utf-16-be"), "d.jsonl:1: not valid JSON"),  # Python would guess it
+        ("d.json", json.dumps(ROWS).encode("utf-16"), "d.json: not UTF-8"),
+        ("d.json", json.dumps(ROWS).encode("utf-32-le"), "d.json: not valid JSON"),
         (
             "d.jsonl",
             jsonl([{"problem": "q", "answer": None}]).encode(),

@@ -12,6 +12,7 @@ import torch
 from killed import run_apart
 from omegaconf import OmegaConf
 from safetensors import safe_open
+from safetensors.torch import load_file
 from small_runs import metrics, resume, same_weights, train, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,6 +87,26 @@ def test_ratio_records_hold_together(whole):
     assert r["rewards"].tolist() == [float(x) for x in r["rewards"].bool()]
     row = metrics(whole)[2]
     assert row["log_ratio_std"] == pytest.approx(float(r["log_ratio"][mask].double().std(correction=0)), rel=1e-5)
+
+
+def test_a_short_run_has_records_and_they_do_not_depend_on_where_it_ends(tmp_path):
+    """The steps that docs/run-directory.md names; a record recomputes its step, so that one more would show in it."""
+    short = ["trainer.prompts_per_step=2", "trainer.group_size=2", "trainer.eval_every=0", "trainer.ratios_every=4"]
+    whole = train(tmp_path / "whole", *short, "trainer.steps=6")
+    assert records(whole) == [1, 2, 4, 5]
+    parts = train(tmp_path / "parts", *short, "trainer.steps=1")
+    assert records(parts) == [1]
+    for steps in (3, 6):
+        resume(parts, f"trainer.steps={steps}")
+    assert records(parts) == records(whole)
+    for path in (whole / "ratios").iterdir():
+        assert same_weights(load_file(path), load_file(parts / "ratios" / path.name))
+    assert same_weights(weights(parts, 6), weights(whole, 6))
+    assert not records(train(tmp_path / "none", *short, "trainer.steps=2", "trainer.ratios_every=0"))
+
+
+def records(run):
+    return sorted(int(path.stem.removeprefix("step-")) for path in run.glob("ratios/*"))
 
 
 def test_checkpoints_are_plain_transformers_models(whole):

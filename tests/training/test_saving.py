@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -228,11 +229,26 @@ def test_checkpoints_bear_their_format(tmp_path):
     rewrite_state(path, format=None)  # as all were before it was written down
     assert resumable_checkpoint(run) == (path, [])
     resume(run, "trainer.steps=3")
-    rewrite_state(checkpoints(run)[-1], format="kpo-checkpoint-2")
-    with pytest.raises(
-        UserError, match="its format is kpo-checkpoint-2, and this kpo reads kpo-checkpoint-1 and older: update kpo"
+
+
+def test_a_checkpoint_of_a_newer_kpo_is_refused_by_whoever_opens_it(tmp_path):
+    """The newest of a run, whatever else is wrong with it; and one that is named, in merged/ too."""
+    run = train(tmp_path / "run", *SIZE, "trainer.steps=2")
+    path = checkpoints(run)[-1]
+    assert newest_checkpoint(run) == (path, [])
+    rewrite_state(path, format="kpo-checkpoint-2")
+    (path / "model.safetensors").rename(path / "weights.safetensors")
+    written._forget_optimizer(path)
+    shutil.copytree(path, path / "merged", ignore=shutil.ignore_patterns("trainer"))
+    line = "its format is kpo-checkpoint-2, and this kpo reads kpo-checkpoint-1 and older: update kpo"
+    for opens in (
+        lambda: resume(run, "trainer.steps=4"),
+        lambda: _locate(str(run)),
+        lambda: load_policy(raw_model(path)),
+        lambda: load_policy(raw_model(path / "merged")),
     ):
-        resume(run, "trainer.steps=4")
+        with pytest.raises(UserError, match=line):
+            opens()
 
 
 def test_a_run_of_an_older_version_resumes_without_the_key():

@@ -57,7 +57,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(_text(line))
             except UnicodeDecodeError:
                 raise UserError(f"{where}: not UTF-8 text; convert the file to UTF-8") from None
             except json.JSONDecodeError as error:
@@ -71,10 +71,17 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             yield where, row
 
 
+def _text(content: bytes) -> str:
+    """UTF-8, with or without a mark at its head. Of bytes, json.loads would guess the encoding."""
+    return content.decode("utf-8-sig")
+
+
 def _json_rows(path: Path) -> Iterator[Row]:
     """A JSON file that holds one list of objects."""
     try:
-        rows = json.loads(path.read_bytes())
+        rows = json.loads(_text(path.read_bytes()))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({first_line(error)}); mend it, or use .jsonl") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -28,6 +28,7 @@ from kpo_cli.policy.lora import (
 )
 from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.threads import Workers
+from kpo_cli.runs.checkpoints import check_format
 from kpo_cli.runs.directory import first_line, sha256_of
 
 RANDOM_WEIGHTS = 0
@@ -269,6 +270,7 @@ def model_source(config: ModelConfig) -> str:
     if len(local.name) > 255:
         raise UserError(f"model.path={path[:60]}... is too long to be a path")
     if local.is_dir():
+        check_format(local.parent if local.name == MERGED else local)
         if not (local / "config.json").is_file() and adapter_base(local) is None:
             raise UserError(f"model.path={path} is not a model: it has no config.json")
         return str(local)

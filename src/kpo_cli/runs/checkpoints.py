@@ -202,7 +202,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose checksums hold (None if there never was one), and a line for each that fails."""
+    """The newest checkpoint whose checksums hold (None if there never was one), and a line for each that fails.
+
+    Raises UserError if a newer version of kpo wrote it.
+    """
     return _newest(run, is_damaged)
 
 
@@ -211,12 +214,17 @@ def resumable_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
     Raises UserError if a newer version of kpo wrote it.
     """
-    found, problems = _newest(run, lambda path: is_damaged(path) or _unresumable(path))
-    if found is not None:
-        written = json.loads(read_text(found / STATE)).get("format", CHECKPOINT)
-        if problem := unreadable(written, CHECKPOINT):
-            raise UserError(f"{found} cannot be gone on from: {problem}")
-    return found, problems
+    return _newest(run, lambda path: is_damaged(path) or _unresumable(path))
+
+
+def check_format(path: Path) -> None:
+    """Raise UserError if a newer version of kpo wrote the checkpoint. Of other folders there is nothing to say here."""
+    try:
+        written = json.loads(read_text(path / STATE)).get("format", CHECKPOINT)
+    except (OSError, ValueError, AttributeError):  # no checkpoint of ours, or a damaged one
+        return
+    if problem := unreadable(written, CHECKPOINT):
+        raise UserError(f"{path} cannot be opened: {problem}")
 
 
 def is_damaged(path: Path) -> str | None:
@@ -234,6 +242,7 @@ def _newest(run: Path, fault: Callable[[Path], str | None]) -> tuple[Path | None
     found = checkpoints(run)
     problems: list[str] = []
     for path in reversed(found):
+        check_format(path)  # first: what else there is to say of it depends on the format
         problem = fault(path)
         if problem is None:
             return path, problems

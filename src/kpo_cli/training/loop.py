@@ -40,6 +40,13 @@ from kpo_cli.training.supervised import Demonstrations, supervise
 # Purposes of random numbers: the first entry of a seed after the run's own.
 SHUFFLE, ROLLOUT, EVALUATION = 0, 1, 2
 
+EARLY_RECORDS = (1, 2, 5)
+"""Steps whose ratios are recorded beside those of trainer.ratios_every, so that a short run has some.
+
+Fixed, and not the last step of a run: a record changes the rounding of its step, and a run that goes on would differ
+from one that was that long from the beginning.
+"""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -109,7 +116,7 @@ def _report(
 ) -> None:
     """What a step leaves beside its row of metrics and a checkpoint; adds its evaluation, if due, to `metrics`."""
     step, clock = metrics["step"], Clock()
-    if _due(step, job.config.trainer.ratios_every) and not record.uneven.any():
+    if _recorded(step, job.config.trainer.ratios_every) and not record.uneven.any():
         record_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
     if _evaluates(job, step):
         display.phase("evaluating")
@@ -137,7 +144,7 @@ def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str
         lr = learning_rate(step, config.lr, config.warmup_steps)
         for parameters in job.updater.optimizer.param_groups:
             parameters["lr"] = lr
-        before, record = job.updater.max_tokens, job.updater.update(batch, _due(step, config.ratios_every))
+        before, record = job.updater.max_tokens, job.updater.update(batch, _recorded(step, config.ratios_every))
         filter_metrics = _refit(job, progress, batch, record, display)
     if job.updater.max_tokens < before:
         progress.max_tokens = job.updater.max_tokens
@@ -319,6 +326,10 @@ def learning_rate(step: int, lr: float, warmup_steps: int) -> float:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _recorded(step: int, every: int) -> bool:
+    return _due(step, every) or (every > 0 and step in EARLY_RECORDS)
 
 
 @dataclass

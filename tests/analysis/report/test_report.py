@@ -48,6 +48,35 @@ def evil_report(tmp_path_factory):
     return folder / "out"
 
 
+DEGENERATE = {
+    "two responses of three tokens": np.array([[0.01, -0.02, 0.03], [0.02, 0.01, -0.01]]),
+    "one token": np.array([[0.01]]),
+    "one response": 0.02 * np.random.default_rng(0).normal(size=(1, 40)),
+    "zeros": np.zeros((4, 30)),
+    "a constant": np.full((4, 30), 0.01),
+    "a constant in each response": np.arange(1, 5)[:, None] * np.full((4, 30), 0.01),
+    "alternating signs": 0.01 * np.cos(np.pi * np.arange(30)) * np.ones((4, 1)),
+    "one that is not zero": 0.1 * (np.arange(120) == 57).reshape(4, 30),
+    "shorter than 1/cutoff": 0.02 * np.random.default_rng(0).normal(size=(8, 20)),
+    "denormal numbers": 1e-310 * np.random.default_rng(0).normal(size=(4, 30)),
+    "very large ones": 50 * np.random.default_rng(0).normal(size=(4, 30)),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_sets_of_ratios_with_next_to_nothing_in_them_are_drawn(name, tmp_path):
+    """What there is to draw is drawn; a spectrum is there exactly where one of the series has one."""
+    rows = [{"log_probs": z.tolist(), "old_log_probs": [0.0] * len(z)} for z in DEGENERATE[name]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = write(find_source(tmp_path / "a.jsonl"), tmp_path / "out", "filters=[kalman]")
+    drawn = {path.stem for path in (tmp_path / "out/figures").glob("*.svg")}
+    powers = [entry["spectrum"]["relative_to_white_noise"] for entry in found["filters"].values()]
+    some = any(power > 0 for series in powers for power in series)
+    expected = {"traces", "run_lengths", "autocorrelation", *(["spectrum"] if some else [])}
+    assert drawn == (expected if found["filters"]["raw"]["std"]["value"] else set())  # of a constant, nothing
+    assert "<h3>" in (tmp_path / "out/report.html").read_text("utf-8")
+
+
 def test_every_file_is_there(report):
     names = {path.relative_to(report).as_posix() for path in report.rglob("*") if path.is_file()}
     drawn = {

@@ -50,9 +50,15 @@ def draw_all(analysis: Analysis) -> dict[str, Figure]:
         return {
             "traces": traces(analysis),
             "run_lengths": run_lengths(found),
-            "spectrum": spectrum(found),
+            **({"spectrum": spectrum(found)} if _has_spectrum(found) else {}),
             "autocorrelation": autocorrelation(found),
         }
+
+
+def _has_spectrum(found: dict[str, Any]) -> bool:
+    """Constant and short responses have no spectrum, and nothing has no place on a logarithmic axis."""
+    powers = [entry["spectrum"]["relative_to_white_noise"] for entry in found["filters"].values()]
+    return bool((np.array(powers, float) > 0).any())
 
 
 def save(figures: dict[str, Figure], folder: Path) -> dict[str, str]:
