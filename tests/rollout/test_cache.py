@@ -201,7 +201,7 @@ def held(model, monkeypatch, **changes):
         caches.append(cache_)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kpo_cli.rollout.hf.spread", watched)
+        patch.setattr("kpo_cli.rollout.running.spread", watched)
         sampler = sampler_of(model, stop_ids=[], **changes)
         groups = sampler.sample(PROMPTS, 3, (1,))
     layers = [layer for layer in caches[0].layers if isinstance(layer, GrowingLayer)]

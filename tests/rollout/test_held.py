@@ -94,12 +94,16 @@ def test_only_a_vocabulary_has_rows_to_spare():
     assert verdict(engine, weights | {"embed.weight": engine.embed.weight.detach()[:64]}).unknown == {"embed.weight"}
 
 
-def test_nan_is_not_equal_to_anything():
+def test_nan_is_equal_to_nan_and_to_nothing_else():
+    """Weights that exploded were pushed as they are: it is not the push that failed."""
     engine = Engine()
-    weights = pushed_of(engine)
-    weights["attention.k_proj.weight"][1, 2] = float("nan")
+    weights = pushed_of(engine) | {"scale": torch.tensor(torch.nan)}
+    weights["attention.k_proj.weight"][1, 2] = torch.nan
+    assert verdict(engine, weights).differing == {"attention.qkv_proj.weight", "scale"}
     with torch.no_grad():
-        engine.attention.qkv_proj.weight[7, 2] = float("nan")
+        engine.attention.qkv_proj.weight[7, 2] = engine.scale.fill_(torch.nan)
+    assert not verdict(engine, weights).differing
+    weights["attention.k_proj.weight"][1, 2] = 0.0
     assert verdict(engine, weights).differing == {"attention.qkv_proj.weight"}
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from kpo_cli.rollout.check import FIRST_TOKENS, RESPONSES, SamplerCheck, model_s
 from kpo_cli.rollout.engine import VLLMEngine, choose_engine, usable_vllm
 from kpo_cli.rollout.hf import Report
 from kpo_cli.rollout.room import check_bytes
+from kpo_cli.rollout.trial import choose_ways
+from kpo_cli.rollout.ways import Ways
 from kpo_cli.runs.directory import RunDir, check_new, finite, make_manifest, path_of, read_text, write_text
 from kpo_cli.runs.samples import Key, Row, SampleFile, read_rows
 from kpo_cli.terminal import counted, make_console, printable, say, show
@@ -46,6 +48,8 @@ class Asked:
     """By benchmark."""
     notes: list[str]
     """What the user should know of them."""
+    ways: Ways = field(default_factory=Ways)
+    """How transformers samples it."""
 
 
 def run(raw: dict[str, Any]) -> None:
@@ -71,9 +75,7 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
     if run_dir is None:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         run_dir = Path("outputs") / "eval" / f"{subjects['checkpoint'].label}-{digest}"
-    for item in asked:
-        if _engine_name(item, config) == "vllm":
-            usable_vllm(item.policy)
+    asked = [_tried(item, config) for item in asked]
     new = not (run_dir / "config.yaml").is_file()
     with _open(run_dir, new, settings, asked) as out:
         samples = SampleFile(out.path / "samples.jsonl", config.eval.n)
@@ -117,6 +119,18 @@ def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalC
         prompts[benchmark.name] = [builder.build(problem) for problem in benchmark.problems]
         notes += check_prompts(builder, prompts[benchmark.name], policy.stop_ids)
     return Asked(role, subject, policy, workers, prompts, notes)
+
+
+def _tried(item: Asked, config: EvalConfig) -> Asked:
+    """With the way to sample it. Raises UserError if there is none."""
+    if _engine_name(item, config) == "vllm":
+        usable_vllm(item.policy)
+        return item
+    sampler, half = _hf_sampler(item, config, None), item.policy.dtype == "bfloat16"
+    score = model_score(replace(item.policy, dtype="float32"), sampler.temperature)
+    prompts = [prompt.token_ids for prompts in item.prompts.values() for prompt in prompts]
+    found = choose_ways(sampler, score, half, prompts)
+    return replace(item, ways=found.ways, notes=[*item.notes, *found.notes()])
 
 
 def _fit(config: EvalConfig, asked: list[Asked]) -> tuple[EvalConfig, list[str]]:
@@ -231,20 +245,23 @@ def _engine(
 
 
 def _sampler(item: Asked, engine: VLLMEngine | None, config: EvalConfig, progress: Report) -> Sampler:
-    temperature = config.eval.temperature or 1.0
-    if engine is not None:
-        return VLLMSampler(
-            engine,
-            stop_ids=item.policy.stop_ids,
-            temperature=temperature,
-            max_response_tokens=config.eval.longest,
-            top_p=config.eval.top_p,
-            progress=progress,
-        )
+    if engine is None:
+        return _hf_sampler(item, config, progress).changed(ways=item.ways)
+    return VLLMSampler(
+        engine,
+        stop_ids=item.policy.stop_ids,
+        temperature=config.eval.temperature or 1.0,
+        max_response_tokens=config.eval.longest,
+        top_p=config.eval.top_p,
+        progress=progress,
+    )
+
+
+def _hf_sampler(item: Asked, config: EvalConfig, progress: Report | None) -> HFSampler:
     return HFSampler(
         item.policy.model,
         stop_ids=item.policy.stop_ids,
-        temperature=temperature,
+        temperature=config.eval.temperature or 1.0,
         max_response_tokens=config.eval.longest,
         batch_size=config.eval.batch_size,
         top_p=config.eval.top_p,

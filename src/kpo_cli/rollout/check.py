@@ -1,4 +1,4 @@
-"""What a sampling engine says against what the trainer says: stale or misread weights show here and nowhere else."""
+"""What a sampler says against what the trainer says: stale or misread weights show here and nowhere else."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +38,34 @@ FLOAT32_GPU = Limits(mean=1e-2, largest=0.1, k3=1e-4)
 """Engines were published to differ by 0.002 (root of the mean square) there."""
 BFLOAT16 = Limits(mean=0.1, largest=float("inf"), k3=5e-3)
 """Published is 0.031, a k3 of 5e-4. Single tokens may be off by anything."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Between a sampler's and the trainer's log-probabilities of the same tokens, absolute, nats."""
+
+    mean: float
+    largest: float
+
+    @classmethod
+    def of(cls, sampler: Tensor, trainer: Tensor) -> "Gap":
+        """Of tensors of one shape."""
+        gap = (sampler.double() - trainer.double()).abs().nan_to_num(torch.inf)
+        return cls(float(gap.mean()), float(gap.max()))
+
+    def within(self, limits: Limits) -> bool:
+        return self.mean <= limits.mean and self.largest <= limits.largest
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2g} nats in the mean and {self.largest:.2g} at most"
+
+
+SERVES = Limits(mean=1e-4, largest=1e-2, k3=float("inf"))
+"""Within it the sampler's serve as old log-probabilities: clip widths are 3e-4."""
+CLOSE = 0.02
+"""Mean up to which importance weights make up for a difference: hybrids decode with a cache a little differently."""
+GROSS = 0.1
+"""Mean above which nothing makes up for it: another distribution is sampled."""
 
 
 @dataclass(frozen=True)

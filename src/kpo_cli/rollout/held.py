@@ -115,13 +115,18 @@ def _fits(parameter: Tensor, tensor: Tensor, row: int) -> bool:
 def _differs(parameter: Tensor, tensor: Tensor, row: int, dtype: torch.dtype) -> Tensor:
     """A flag, on the device."""
     if tensor.dim() == 0:
-        return (parameter != tensor.to(dtype).to(parameter.dtype)).any()
+        return _unequal(parameter, tensor.to(dtype).to(parameter.dtype))
     flag = torch.zeros((), dtype=torch.bool, device=parameter.device)
     step = max(1, BLOCK // max(1, tensor[0].numel()))
     for start in range(0, len(tensor), step):
         want = tensor[start : start + step].to(parameter.device).to(dtype).to(parameter.dtype)
-        flag |= (parameter[row + start : row + start + len(want)] != want).any()
+        flag |= _unequal(parameter[row + start : row + start + len(want)], want)
     return flag
+
+
+def _unequal(held: Tensor, want: Tensor) -> Tensor:
+    """A flag, on the device. NaN that was pushed is NaN that is held: that weights are broken is for others to say."""
+    return ((held != want) & ~(held.isnan() & want.isnan())).any()
 
 
 def _columns_differ(packed: Any, parameter: Tensor, tensor: Tensor, row: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -131,4 +136,5 @@ def _columns_differ(packed: Any, parameter: Tensor, tensor: Tensor, row: int, dt
     units = torch.nn.functional.one_hot(columns, tensor.shape[1]).to(dtype)
     read = packed(units, parameter, None)[:, row : row + len(tensor)]
     want = tensor[:, columns].t().to(dtype).to(read.dtype)
-    return (read != want).any() if read.shape == want.shape else torch.tensor(True)
+    want = want.masked_fill(tensor.isnan().any(1), torch.nan)  # which no zero of a unit vector hides
+    return _unequal(read, want) if read.shape == want.shape else torch.tensor(True)

@@ -6,13 +6,13 @@ a token is drawn from softmax(logits / temperature) and nothing else, by inverti
 float64 with one uniform number.
 
 Nothing is computed twice: a prompt goes through the model once for all its samples, its keys and values are shared out,
-and responses that ended leave the batch.
+and responses that ended leave the batch. Where a model cannot do that, `trial.py` finds another way (`ways.py`).
 """
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ from kpo_cli.policy.lora import merged_once
 from kpo_cli.policy.response import Response
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import decoder
-from kpo_cli.rollout.cache import rounded_up, spread
 from kpo_cli.rollout.decoder import Decoder
+from kpo_cli.rollout.running import Rereading, Running
+from kpo_cli.rollout.ways import Ways
 
 REPORT_EVERY = 16
 """Tokens between two calls of `progress`."""
@@ -82,6 +83,13 @@ class HFSampler:
         self.lean = cpu and model.num_parameters() < SMALL_MODEL and decoder.fits(model)
         self.batch_size = min(batch_size, LEAN_BATCH) if self.lean else batch_size
         self.progress = progress
+        self.ways = Ways()
+
+    def changed(self, **changes: Any) -> "HFSampler":
+        """Another one of the same model, with other attributes."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
 
     def sample(
         self,
@@ -95,11 +103,12 @@ class HFSampler:
         places = range(len(prompts)) if places is None else places
         tally = _Tally(self.progress)
         longest = max(map(len, prompts), default=0) + self.max_response_tokens
-        lean = Decoder.of(self.model, longest) if self.lean and self.cache_block is None else None
+        lean = self.lean and self.cache_block is None and self.ways.shortcuts
+        decoder = Decoder.of(self.model, longest) if lean else None
 
         def work(batch: list[tuple[int, int]]) -> list[Response]:
             seeds = None if greedy else [[*seed, places[i], j] for i, j in batch]
-            return self._sample_batch([prompts[i] for i, _ in batch], seeds, lean, tally.of_batch())
+            return self._sample_batch([prompts[i] for i, _ in batch], seeds, decoder, tally.of_batch())
 
         batches = self._batches(prompts, samples)
         with merged_once(self.model):
@@ -119,8 +128,10 @@ class HFSampler:
         """
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         rows = [(i, j) for i in by_length for j in range(samples)]
-        count = -(-len(rows) // self.batch_size)
-        return [rows[len(rows) * k // count : len(rows) * (k + 1) // count] for k in range(count)]
+        groups = [rows]
+        if not self.ways.padding:
+            groups = [list(group) for _, group in groupby(rows, key=lambda row: len(prompts[row[0]]))]
+        return [batch for group in groups for batch in evenly(group, self.batch_size)]
 
     @torch.no_grad()
     def _sample_batch(
@@ -141,9 +152,7 @@ class HFSampler:
         self, prompts: list[list[int]], uniforms: Tensor | None, lean: Decoder | None, progress: Report
     ) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities (B, T); what stands behind a row's first stop token means nothing."""
-        running, logits = _Running.start(
-            self.model, lean, prompts, self.max_response_tokens, self.cache_block, self.cache_dtype
-        )
+        running, logits = self._start(prompts, lean)
         shape = (self.max_response_tokens, len(prompts))
         tokens = torch.zeros(shape, dtype=torch.long, device=logits.device)
         log_probs = torch.zeros(shape, device=logits.device)
@@ -163,13 +172,21 @@ class HFSampler:
                     progress(len(prompts) - going, sampled)
                 if going == 0:
                     break
-                if count > COMPACT_SHARE * len(ended):
+                if self.ways.reorder and count > COMPACT_SHARE * len(ended):
                     keep = survivors(ended)
                     running.keep(keep)
                     token, ended = token[keep], ended[keep]  # none of them ended
             if step + 1 < self.max_response_tokens:
                 logits = running.forward(token)
         return tokens[: step + 1].T, log_probs[: step + 1].T
+
+    def _start(self, prompts: list[list[int]], lean: Decoder | None) -> tuple[Running | Rereading, Tensor]:
+        if not self.ways.cache:
+            return Rereading.start(self.model, prompts)
+        block = self.cache_block if self.ways.shortcuts else None
+        return Running.start(
+            self.model, lean, prompts, self.max_response_tokens, self.ways, block=block, dtype=self.cache_dtype
+        )
 
     def _uniforms(self, seeds: list[list[int]] | None) -> Tensor | None:
         """Uniform numbers (max_response_tokens, B) in [0, 1), float64, each column from a generator of its own."""
@@ -198,94 +215,6 @@ class HFSampler:
         return [Response(ids[:length], values[:length], done) for ids, values, length, done in columns]
 
 
-@dataclass
-class _Running:
-    """The responses of a batch that have not ended."""
-
-    model: Any
-    lean: Decoder | None
-    """What takes the place of the model behind the prompts, where there is one."""
-    cache: Any
-    rows: Tensor
-    """(R,): the place in the batch of each."""
-    mask: Tensor | None
-    """(R, all tokens there may be), 0 at the left padding; None if there is none: then the model builds no mask.
-
-    With a block it is always there, and 0 at what is not sampled yet as well."""
-    length: int
-    """Tokens in the cache, padding included."""
-    padding: Tensor | None
-    """(R, 1): to the left of each; None where there is no mask: then the model knows the positions by itself."""
-    block: int | None
-    """See `GrowingLayer`."""
-
-    @classmethod
-    def start(
-        cls,
-        model: Any,
-        lean: Decoder | None,
-        prompts: list[list[int]],
-        room: int,
-        block: int | None,
-        dtype: torch.dtype | None,
-    ) -> tuple["_Running", Tensor]:
-        """Put the prompts through the model, each once; also the logits (B, V) behind each.
-
-        `room` is the most tokens that a response will have; `dtype` that of the cache, if it is not the model's own.
-        """
-        unique = list(dict.fromkeys(map(tuple, prompts)))
-        place = {prompt: i for i, prompt in enumerate(unique)}
-        source = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
-        input_ids, mask = left_pad([list(prompt) for prompt in unique], model.device)
-        length = input_ids.shape[1]
-        padded = any(len(prompt) < length for prompt in unique)
-        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if padded else {}
-        out = model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **inputs)
-        spread(out.past_key_values, source, length + room, block=block, dtype=dtype)
-        rows = torch.arange(len(prompts), device=model.device)
-        running = cls(model, lean, out.past_key_values, rows, None, length, None, block)
-        if padded or block is not None:
-            mask = mask[source]
-            running.padding = length - mask.sum(-1, keepdim=True)
-            ahead = mask.new_ones(len(prompts), room)
-            if block is not None:
-                ahead = mask.new_zeros(len(prompts), rounded_up(length + room, block) - length)
-            running.mask = torch.cat([mask, ahead], dim=1)
-        return running, out.logits[:, -1].index_select(0, source)
-
-    def forward(self, token: Tensor) -> Tensor:
-        """The logits (R, V) behind one more token (R,) of each response."""
-        if self.lean is not None:
-            return self._lean_forward(token, self.lean)
-        inputs = {}
-        if self.mask is not None and self.padding is not None:
-            length = self.length + 1
-            if self.block is not None:
-                self.mask[:, self.length] = 1
-                length = rounded_up(length, self.block)
-            inputs = {"attention_mask": self.mask[:, :length], "position_ids": self.length - self.padding}
-        out = self.model(
-            input_ids=token[:, None], past_key_values=self.cache, use_cache=True, logits_to_keep=1, **inputs
-        )
-        self.cache = out.past_key_values
-        self.length += 1
-        return out.logits[:, -1]
-
-    def _lean_forward(self, token: Tensor, lean: Decoder) -> Tensor:
-        self.length += 1
-        if self.mask is None or self.padding is None:
-            return lean.step(token, self.cache, self.length - 1, None)
-        position = (self.length - 1 - self.padding).squeeze(-1)
-        return lean.step(token, self.cache, position, self.mask[:, None, None, : self.length].bool())
-
-    def keep(self, chosen: Tensor) -> None:
-        """Go on with the responses `chosen` alone, in that order."""
-        self.cache.reorder_cache(chosen)
-        self.rows = self.rows[chosen]
-        if self.mask is not None and self.padding is not None:
-            self.mask, self.padding = self.mask[chosen], self.padding[chosen]
-
-
 class _Tally:
     """How far all batches of one `sample` have come, for `progress`."""
 
@@ -309,6 +238,12 @@ class _Tally:
             finished_before, tokens_before = finished, tokens
 
         return report
+
+
+def evenly(rows: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
+    """In as few parts of at most `size` as can be, of nearly equal size."""
+    count = -(-len(rows) // size)
+    return [rows[len(rows) * k // count : len(rows) * (k + 1) // count] for k in range(count)]
 
 
 def survivors(ended: Tensor) -> Tensor:
@@ -357,14 +292,3 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     ordered, index = probabilities.sort(-1, descending=True)
     before = ordered.double().cumsum(-1) - ordered.double()
     return torch.zeros_like(probabilities).scatter(-1, index, torch.where(before < top_p, ordered, 0.0))
-
-
-def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts as `input_ids` and `attention_mask` (B, P), aligned at their ends. The padding's id is never read."""
-    length = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    mask = torch.zeros(len(prompts), length, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)

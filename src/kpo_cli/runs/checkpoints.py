@@ -47,6 +47,8 @@ class Progress:
     """Steps of the supervised phase so far; None: there is none, or it is over."""
     max_tokens: int | None = None
     """Of a micro-batch, where they had to be lowered for want of memory."""
+    distrusted: bool = False
+    """The sampler's log-probabilities were seen not to be the trainer's: they do not serve as old ones."""
 
     @property
     def label(self) -> str:

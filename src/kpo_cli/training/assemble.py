@@ -67,7 +67,7 @@ def assemble(
         max_tokens=trainer.max_tokens_per_micro_batch or max_tokens(policy.parameters, policy.model.device),
         max_grad_norm=trainer.max_grad_norm,
         mask_truncated=trainer.mask_truncated,
-        sampler_log_probs=trainer.old_log_probs == "auto" and rollout.name == "hf" and policy.dtype == "float32",
+        correction=TruncatedImportance(rollout.correction_cap) if rollout.correction == "auto" else None,
         reference=reference,
         workers=workers,
     )
@@ -78,12 +78,19 @@ def assemble(
     # Last: on a GPU the engine takes its share of what everything else has left.
     ids = [prompt.token_ids for prompt in train_prompts]
     reserved = reserved_bytes(config, policy.model, updater.optimizer)
-    sampler, check, engine_notes = make_sampler(config, policy, scorer, ids, workers, display.sampled, reserved)
+    made = make_sampler(config, policy, scorer, ids, workers, display.sampled, reserved)
+    updater.watched = made.check is None
+    updater.sampler_log_probs = updater.watched and trainer.old_log_probs == "auto"
+    if updater.watched and not made.serves:
+        progress.distrusted = True
+    if progress.distrusted:
+        updater.distrust()
     job = Training(
-        config, policy, sampler, check, updater, demonstrations, train_prompts, heldout, benchmarks, builder.templated
+        *(config, policy, made.sampler, made.check, updater, demonstrations),
+        *(train_prompts, heldout, benchmarks, builder.templated),
     )
     notes = notes_of(job, problems, dropped + heldout_dropped)
-    return job, progress, [*note, *offload_notes, *engine_notes, *notes, *prompt_notes, *benchmark_notes]
+    return job, progress, [*note, *offload_notes, *made.notes, *notes, *prompt_notes, *benchmark_notes]
 
 
 def _benchmarks(

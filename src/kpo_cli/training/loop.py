@@ -144,11 +144,18 @@ def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str
         lr = learning_rate(step, config.lr, config.warmup_steps)
         for parameters in job.updater.optimizer.param_groups:
             parameters["lr"] = lr
-        before, record = job.updater.max_tokens, job.updater.update(batch, _recorded(step, config.ratios_every))
+        before, trusted = job.updater.max_tokens, job.updater.trusted
+        record = job.updater.update(batch, _recorded(step, config.ratios_every))
         filter_metrics = _refit(job, progress, batch, record, display)
     if job.updater.max_tokens < before:
         progress.max_tokens = job.updater.max_tokens
         display.say(f"out of memory: micro-batches have at most {progress.max_tokens} tokens from here on")
+    if trusted and not job.updater.trusted:
+        progress.distrusted = True
+        display.say(
+            f"warning: step {step}: the sampler's log-probabilities differ from the trainer's by {job.updater.gap}; "
+            f"from here on old ones are computed by the trainer"
+        )
     if rows := int(record.uneven.sum()):
         display.say(
             f"warning: step {step}: it was so after an optimizer step already, and the log-ratios of {rows} of "
@@ -157,6 +164,8 @@ def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str
     progress.step = step
     metrics = {"step": step, "epoch": progress.data_cursor / len(job.train), "lr": lr}
     metrics |= {**_metrics(batch, record), **sampling_metrics, **filter_metrics}
+    if job.updater.watched and not job.updater.trusted:
+        metrics["sampler_distrusted"] = 1
     if config.overlong_buffer:
         metrics["shaped_reward_mean"] = float(shaped.mean())
     times = clock.times()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ from kpo_cli.rollout.check import FIRST_TOKENS, RESPONSES, SamplerCheck, Score
 from kpo_cli.rollout.engine import VLLMEngine, free_memory, given_bytes, gpu_needs, sequences
 from kpo_cli.rollout.hf import Report
 from kpo_cli.rollout.room import MOMENTS, choose_offload
+from kpo_cli.rollout.trial import choose_ways
+
+
+@dataclass(frozen=True)
+class Made:
+    """A run's sampler."""
+
+    sampler: Sampler
+    check: SamplerCheck | None
+    """Of what it says in every step; None where it computes in float32 with the training weights themselves."""
+    serves: bool
+    """Its log-probabilities were seen to be the trainer's but for float32 rounding."""
+    notes: list[str]
 
 
 def make_sampler(
@@ -29,16 +43,15 @@ def make_sampler(
     workers: Workers,
     progress: Report,
     reserved: int,
-) -> tuple[Sampler, SamplerCheck | None, list[str]]:
-    """The configured sampler, its check (None where its numbers are the trainer's but for float32 rounding), and notes.
+) -> Made:
+    """The configured sampler, tried on a few of the `prompts`, or on made-up ones of their tokens.
 
-    An engine leaves `reserved` bytes of a GPU to the trainer, beside what it holds already, and is tried on a few of
-    the `prompts` before anything is written. Raises UserError if it does not start, or does not give the trainer's
-    log-probabilities.
+    An engine leaves `reserved` bytes of a GPU to the trainer, beside what it holds already. Raises UserError if it does
+    not start, or does not give the trainer's log-probabilities.
     """
     rollout, half = config.rollout, policy.dtype == "bfloat16"
     if rollout.name != "vllm":
-        sampler = HFSampler(
+        own = HFSampler(
             policy.model,
             stop_ids=policy.stop_ids,
             temperature=rollout.temperature,
@@ -48,8 +61,10 @@ def make_sampler(
             workers=workers,
             progress=progress,
         )
+        found = choose_ways(own, trainer_score(dataclasses.replace(scorer, half=False)), half, prompts)
         # In bfloat16 a token by itself is not rounded as it is among others.
-        return sampler, SamplerCheck(trainer_score(scorer), half) if half else None, []
+        check = SamplerCheck(trainer_score(scorer), half) if half else None
+        return Made(own.changed(ways=found.ways), check, found.serves and not half, found.notes())
     engine = VLLMEngine(
         policy,
         max_length=rollout.max_prompt_tokens + rollout.max_response_tokens,
@@ -78,7 +93,7 @@ def make_sampler(
     except SamplingFailed as error:
         raise UserError(str(error)) from None
     note = f"vLLM: its log-probabilities differ from the trainer's by {gap['sampler_gap_max']:.1g} at most"
-    return limited(rollout.max_response_tokens), check, [*engine.notes, note]
+    return Made(limited(rollout.max_response_tokens), check, False, [*engine.notes, note])
 
 
 def trainer_score(scorer: Scorer) -> Score:

@@ -14,11 +14,13 @@ from kpo_cli.core import Denominators, Objective
 from kpo_cli.core.diagnostics import Mean, RatioSums
 from kpo_cli.core.filters import AdaptiveFilter
 from kpo_cli.core.objective import ObjectiveOutput
-from kpo_cli.errors import RunStopped
+from kpo_cli.core.penalties import MismatchCorrection
+from kpo_cli.errors import RunStopped, SamplingFailed
 from kpo_cli.policy.batch import Batch
 from kpo_cli.policy.memory import lacks_memory
 from kpo_cli.policy.scorer import Scorer
 from kpo_cli.policy.threads import Workers
+from kpo_cli.rollout.check import GROSS, SERVES, Gap
 from kpo_cli.training.optimizer import HostAdamW
 
 Result = TypeVar("Result")
@@ -92,7 +94,16 @@ class Updater:
     max_grad_norm: float
     mask_truncated: bool
     sampler_log_probs: bool = False
-    """The sampler's log-probabilities serve as the old ones: it computes in float32, with the same weights."""
+    """The sampler's log-probabilities serve as the old ones, as long as they are trusted."""
+    watched: bool = False
+    """The sampler computes in float32 with the same weights, so that its numbers should be the trainer's: compared in
+    every update."""
+    trusted: bool = True
+    """They were seen to be the trainer's and no update has found otherwise."""
+    correction: MismatchCorrection | None = None
+    """Of the objective, once they are not trusted."""
+    gap: Gap | None = None
+    """Found by the last update, over its first mini-batch."""
     reference: Scorer | None = None
     """The policy that a reference KL is taken to."""
     workers: Workers = field(default_factory=Workers)
@@ -106,8 +117,7 @@ class Updater:
         nothing to the loss but decides the signs of the smallest log-ratios, and signs are what is analysed.
         """
         parts = self._mini_batches(batch)
-        known = batch.rollout_log_probs if self.sampler_log_probs and not for_record else None
-        old, learned = self._begin(batch, parts, known)
+        old, learned = self._begin(batch, parts, for_record)
         record, size = UpdateRecord.empty(*batch.response_ids.shape), self.max_tokens
         for number, (rows, old_log_probs) in enumerate(zip(parts, old, strict=True)):
             if number:
@@ -117,6 +127,12 @@ class Updater:
             self._optimizer_step(batch, rows, learned, record)
         self.optimizer.zero_grad(set_to_none=True)  # sampling has better use for the memory
         return record
+
+    def distrust(self) -> None:
+        """From here on old log-probabilities are the trainer's, and importance weights correct for the sampler's."""
+        self.trusted = False
+        if self.correction is not None:
+            self.objective = replace(self.objective, correction=self.correction)
 
     def refit(self, sums: Tensor) -> str | None:
         """Fit an adaptive filter to its accumulated sums; returns its note, if any."""
@@ -145,24 +161,43 @@ class Updater:
             old[micro, : log_probs.shape[1]] = log_probs
         return old
 
-    def _begin(
-        self, batch: Batch, parts: list[Tensor], known: Tensor | None
-    ) -> tuple[list[Tensor | None], list["Micro"]]:
+    def _begin(self, batch: Batch, parts: list[Tensor], for_record: bool) -> tuple[list[Tensor | None], list["Micro"]]:
         """Old log-probabilities of every mini-batch but the first, and what the first one learns.
 
         The first one's old log-probabilities are its own, from the same forward pass (z = 0 exactly). In bfloat16 a
         log-probability depends on what else is in its micro-batch, by far more than clip widths of 3e-4: old and new
         ones must come from the same micro-batches, and where these had to be made smaller on the way, everything is
-        computed again. Once the weights have changed that is too late, hence the rehearsal.
+        computed again. Once the weights have changed that is too late, hence the rehearsal. All is computed again, too,
+        where the first mini-batch shows that the sampler's log-probabilities are not to be trusted.
         """
         with self._room_for_moments():
             while True:
                 size = self.max_tokens
+                serves = self.sampler_log_probs and self.trusted and not for_record
+                known = batch.rollout_log_probs if serves else None
                 self._rehearse(batch, parts)
                 old = [known if known is not None else self._old_log_probs(batch, rows) for rows in parts[1:]]
                 learned = self._learn_all(batch, parts[0], None)
-                if self.max_tokens == size or known is not None:
+                if self.watched and not self._still_trusted(batch, learned):
+                    self.distrust()
+                elif self.max_tokens == size or known is not None:
                     return [None, *old], learned
+
+    def _still_trusted(self, batch: Batch, learned: list["Micro"]) -> bool:
+        """Whether nothing is new in how the sampler's log-probabilities compare with those of the first mini-batch.
+
+        Raises SamplingFailed where nothing could make up for the difference.
+        """
+        masks = [micro.mask for micro in learned]
+        said = [batch.rollout_log_probs[micro.rows, : micro.mask.shape[1]][micro.mask] for micro in learned]
+        own = [micro.old_log_probs.cpu()[mask] for micro, mask in zip(learned, masks, strict=True)]
+        self.gap = Gap.of(torch.cat(said), torch.cat(own))
+        if not self.gap.mean <= GROSS:
+            raise SamplingFailed(
+                f"the sampler does not sample the policy: its log-probabilities differ from the trainer's by "
+                f"{self.gap} (allowed: {GROSS:g} in the mean); this kind of model may need rollout=vllm"
+            )
+        return not self.trusted or self.gap.within(SERVES)
 
     def _rehearse(self, batch: Batch, parts: list[Tensor]) -> None:
         """Find out whether the largest micro-batch fits, unless one as large did: in bfloat16, where it matters."""

@@ -102,6 +102,7 @@ def supervise(
     """Train from `progress`, which it advances, to the end of the phase. Nothing if the phase is over."""
     config = demonstrations.config.trainer.supervised
     learner = replace(updater, objective=maximum_likelihood(), mini_batches=1, mask_truncated=False, reference=None)
+    learner.watched = False  # nothing was sampled
     display.phase("supervised phase")
     while progress.supervised_step is not None:
         step = progress.supervised_step + 1
