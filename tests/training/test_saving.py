@@ -224,13 +224,13 @@ def rewrite_state(path, **changes):
 def test_checkpoints_bear_their_format(tmp_path):
     run = train(tmp_path / "run", *SIZE, "trainer.steps=2")
     path = checkpoints(run)[-1]
-    assert json.loads((path / written.STATE).read_text())["format"] == "kpo-checkpoint-1"
+    assert json.loads((path / written.STATE).read_text())["format"] == "kpo-checkpoint-2"
     rewrite_state(path, format=None)  # as all were before it was written down
     assert resumable_checkpoint(run) == (path, [])
     resume(run, "trainer.steps=3")
-    rewrite_state(checkpoints(run)[-1], format="kpo-checkpoint-2")
+    rewrite_state(checkpoints(run)[-1], format="kpo-checkpoint-3")
     with pytest.raises(
-        UserError, match="its format is kpo-checkpoint-2, and this kpo reads kpo-checkpoint-1 and older: update kpo"
+        UserError, match="its format is kpo-checkpoint-3, and this kpo reads kpo-checkpoint-2 and older: update kpo"
     ):
         resume(run, "trainer.steps=4")
 
