@@ -106,6 +106,9 @@ def filtered(name, ratio_filter, z, old, observed=None):
         return steady(z, f.q, f.v, observed)
     if name in ("kalman", "kalman_p0", "kalman_adaptive"):
         return kalman(z, f.q, f.v, f.p0, observed)
+    if name == "kalman_adaptive_shaped":
+        variances = [f.v * ((-math.expm1(x)) ** f.gamma + f.constant) for x in old]
+        return kalman_varying(z, f.q, variances, f.p0, observed)
     if name == "kalman_robust":
         return robust(z, f.q, f.v, f.kappa, f.p0, observed)
     variances = [f.v * max(-math.expm1(x), f.miss_floor) ** f.gamma for x in old]

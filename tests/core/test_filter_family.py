@@ -23,7 +23,8 @@ from kpo_cli.core.filters import (
     SteadyKalman,
     kalman_filter_varying,
 )
-from kpo_cli.core.noise import drift_sums, fit_drift
+from kpo_cli.core.noise import fit_walk, innovation_terms, walk_sums
+from kpo_cli.core.recursion import Rows
 
 BLOCK_EDGES = [1, 2, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025]
 CAUSAL = {
@@ -36,6 +37,7 @@ CAUSAL = {
     "kalman_hetero": HeteroKalman(q=1e-3, v=0.5, gamma=2.8),
     "kalman_hetero_fitted": AdaptiveHeteroKalman(q=1e-3, gamma=1.5),
     "kalman_adaptive": AdaptiveKalman(q=1e-4),
+    "kalman_adaptive_shaped": AdaptiveKalman(q=1e-4, gamma=1.7, constant=1e-3),
     "kalman_robust": RobustKalman(q=1e-3, v=0.2, kappa=1.5),
 }
 
@@ -50,7 +52,7 @@ def old_log_probs_like(seed, *shape):
 
 
 def test_every_causal_filter_is_tested_here():
-    assert {name.removesuffix("_p0") for name in CAUSAL} == set(FILTERS) - {"sequence_mean"}
+    assert {name.removesuffix("_p0").removesuffix("_shaped") for name in CAUSAL} == set(FILTERS) - {"sequence_mean"}
 
 
 @pytest.mark.parametrize("length", BLOCK_EDGES)
@@ -113,6 +115,28 @@ def test_varying_noise_equals_the_posterior_of_the_joint_gaussian(q, p0):
     constant = kalman_filter(torch.tensor(z)[None], torch.tensor(observed)[None], q=q, v=0.3, p0=p0)
     dense = np.array(reference.kalman_dense(z, q, 0.3, p0, observed))
     assert np.allclose(constant[0].numpy()[observed], dense[observed], rtol=1e-8, atol=1e-12)
+
+
+OVER_QUIET = [(1e45, 1.0, 0.0), (1e300, 1e-300, 0.0), (1e150, 1e140, 0.0), (1.0, 1e-320, 0.0)]
+OVER_PRIOR = [(1.0, 1.0, 1e300), (1e-3, 1.0, 1e40), (1e-200, 1.0, 1e100)]
+
+
+@pytest.mark.parametrize(("q", "v", "p0"), [*OVER_QUIET, *OVER_PRIOR])
+def test_no_setting_makes_nan(q, v, p0):
+    """With a gap and without, on both ways to the gains."""
+    z, gap = noise_like(0, 1, 40), torch.ones(1, 40, dtype=torch.bool)
+    gap[0, 5:8] = False
+    for mask in (gap, torch.ones_like(gap)):
+        want = torch.tensor(reference.kalman_varying(z[0].tolist(), q, [v] * 40, p0, mask[0].tolist()), dtype=z.dtype)
+        hetero = HeteroKalman(q=q, v=v, gamma=0.0, p0=p0)(z, mask, z - 9)
+        for got in (kalman_filter(z, mask, q=q, v=v, p0=p0), hetero):
+            assert torch.allclose(got[0][mask[0]], want[mask[0]], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_no_rows_are_no_error(name):
+    none = torch.zeros(0, 5)
+    assert FILTERS[name]()(none, none.bool(), none).shape == (0, 5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -216,11 +240,48 @@ def test_adaptive_recovers_known_noise(q, v, gaps):
     if gaps:
         mask &= torch.rand(30, 400, generator=torch.Generator().manual_seed(2)) < 0.9
         mask[:, 0] = True  # else the state has moved before the row begins
-    fit = fit_drift(drift_sums(z, mask))
+    fit = fit_walk(walk_sums(z, mask, old_log_probs_like(3, 30, 400)))
     assert not fit.on_floor
-    assert 0 < fit.log_q_over_v_error < 0.5
-    assert abs(math.log(fit.q / fit.v) - math.log(q / v)) < 3 * fit.log_q_over_v_error
-    assert fit.v == pytest.approx(v, rel=0.15)
+    assert abs(math.log(fit.q / q)) < 0.5
+    assert fit.v * (1 + fit.shape.constant) == pytest.approx(v, rel=0.15)
+    assert fit.shape.gamma == pytest.approx(0, abs=0.1)
+
+
+def shaped_walk(rows, length, q, v, gamma, seed=0):
+    """A walk of process noise q in noise v m^gamma, m from 1e-4 to 1; log-ratios, mask, old log-probabilities."""
+    generator = np.random.default_rng(seed)
+    miss = 10 ** generator.uniform(-4, 0, (rows, length)) * 0.999
+    z = generator.normal(size=miss.shape) * np.sqrt(v * miss**gamma)
+    z += np.cumsum(generator.normal(size=miss.shape) * math.sqrt(q), 1)
+    return torch.tensor(z), torch.ones(rows, length, dtype=torch.bool), torch.tensor(np.log1p(-miss))
+
+
+@pytest.mark.parametrize("q", [1e-7, 1e-5])
+def test_adaptive_sees_a_drift_that_the_surest_tokens_show(q):
+    """With one V for all tokens the most likely Q is 13 times the true 1e-7, or 0, as the sample has it."""
+    z, mask, old = shaped_walk(100, 70, q, 0.86, 2.92)
+    fitted, note = AdaptiveKalman().refit(AdaptiveKalman().sums(z, mask, old))
+    assert note is None
+    assert fitted.q == pytest.approx(q, rel=0.15)
+    still, note = AdaptiveKalman().refit(AdaptiveKalman().sums(*shaped_walk(100, 70, 0.0, 0.86, 2.92)))
+    assert note is not None
+    assert still.gamma == pytest.approx(2.92, abs=0.1)
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_the_likelihood_of_innovations_is_that_of_the_joint_gaussian(gaps):
+    generator = np.random.default_rng(3)
+    n, q, v = 25, 0.02, 0.3
+    z, shape = generator.normal(size=n), 10.0 ** generator.uniform(-6, 0, n)
+    observed = generator.random(n) < (0.7 if gaps else 1.0)
+    observed[0] = True
+    t = np.arange(1, n + 1)
+    covariance = q * np.minimum(t, t[:, None]) + v * np.diag(shape)
+    seen = np.ix_(observed, observed)
+    want = np.linalg.slogdet(covariance[seen])[1] + z[observed] @ np.linalg.solve(covariance[seen], z[observed])
+    rows = Rows.of(torch.tensor(z)[None], torch.tensor(observed)[None])
+    squares, logs = innovation_terms(rows, torch.tensor(shape)[None], q / v)
+    assert float(squares.sum() / v + logs.sum()) + observed.sum() * math.log(v) == pytest.approx(want, rel=1e-9)
 
 
 def test_adaptive_sums_add_up_and_say_when_there_is_no_drift():
@@ -229,21 +290,21 @@ def test_adaptive_sums_add_up_and_say_when_there_is_no_drift():
     assert isinstance(start, AdaptiveFilter)
     on_floor = []
     for seed in range(8, 16):
-        z = simulated(12, 100, 0.0, 0.04, seed)
-        sums = start.sums(z, mask, z)
+        z, old = simulated(12, 100, 0.0, 0.04, seed), torch.full((12, 100), -30.0)
+        sums = start.sums(z, mask, old)
         if seed == 8:
-            parts = start.sums(z[:7], mask[:7], z[:7]) + start.sums(z[7:], mask[7:], z[7:])
+            parts = start.sums(z[:7], mask[:7], old[:7]) + start.sums(z[7:], mask[7:], old[7:])
             assert torch.allclose(parts, sums, rtol=1e-10)
         fitted, note = start.refit(sums)
-        assert fitted.v == pytest.approx(0.04, rel=0.1)
+        assert fitted.v * (1 + fitted.constant) == pytest.approx(0.04, rel=0.1)
         assert fitted.q / fitted.v < 1e-3
         on_floor.append(note is not None)
         if note:
-            assert note == "the adaptive filter sees no drift beyond noise; Q/V stays on its floor 1e-08"
+            assert note == "the adaptive filter sees no drift beyond noise; Q/v stays on its floor 1e-08"
             assert fitted.q / fitted.v == pytest.approx(1e-8)
     # The likelihood of pure noise has its maximum at q = 0 in about half of all samples, and near 0 in the others.
     assert 2 <= sum(on_floor) <= 6
-    moved, note = start.refit(start.sums(simulated(12, 100, 1e-3, 0.04), mask, z))
+    moved, note = start.refit(start.sums(simulated(12, 100, 1e-3, 0.04), mask, old))
     assert note is None
     assert moved.q / moved.v == pytest.approx(1e-3 / 0.04, rel=0.5)
 
@@ -277,6 +338,9 @@ def test_fitted_gamma_is_recovered(gamma):
         (lambda: HeteroKalman(miss_floor=0), "miss_floor=0"),
         (lambda: AdaptiveKalman(memory=1.0), "memory=1.0"),
         (lambda: AdaptiveKalman(floor=0), "floor=0"),
+        (lambda: AdaptiveKalman(gamma=-1.0), "gamma=-1.0"),
+        (lambda: AdaptiveKalman(constant=math.inf), "constant=inf"),
+        (lambda: AdaptiveKalman(gamma=2.0), "needs a filter.constant"),
         (lambda: AdaptiveHeteroKalman(memory=-0.1), "memory=-0.1"),
         (lambda: RobustKalman(kappa=float("nan")), "kappa=nan"),
         (lambda: varying(torch.zeros(1, 2)), "variance must be above 0"),

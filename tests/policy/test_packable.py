@@ -11,7 +11,7 @@ from transformers import GPT2Config, GraniteConfig, LlamaConfig, MixtralConfig, 
 from kpo_cli.config import LoraConfig
 from kpo_cli.policy import attention, scorer
 from kpo_cli.policy.attention import NAME
-from kpo_cli.policy.fidelity import TOLERANCE, Way, _in_float64, _probe, _Trial, _WideSoftmax, choose_way
+from kpo_cli.policy.fidelity import TOLERANCE, Way, _probe, _Trial, _WideSoftmax, choose_way, in_float64
 from kpo_cli.policy.lora import add_adapters
 from kpo_cli.policy.scorer import Scorer
 
@@ -73,7 +73,7 @@ def test_float64_layer_by_layer_is_float64(name):
     batch = _probe(VOCABULARY)
     with torch.no_grad():
         expected, _ = Scorer(doubled(model), 1.0)(batch)
-        with _in_float64(model):
+        with in_float64(model):
             values, _ = Scorer(model, 1.0)(batch)
     assert torch.equal(values, expected)
 
@@ -86,7 +86,7 @@ def test_one_layer_is_in_float64_at_a_time():
     def count(*_):
         wide.append(sum(p.numel() for p in model.parameters() if p.dtype == torch.float64))
 
-    with _in_float64(model), torch.no_grad():
+    with in_float64(model), torch.no_grad():
         handles = [layer.mlp.register_forward_hook(count) for layer in model.model.layers]
         Scorer(model, 1.0)(_probe(VOCABULARY))
     assert len(handles) == len(wide) == 36
@@ -108,7 +108,7 @@ def test_weights_come_back_after_an_error():
     model.model.layers[3].mlp.register_forward_hook(lambda *_: 1 / 0)
 
     def probe():
-        with _in_float64(model):
+        with in_float64(model):
             Scorer(model, 1.0)(_probe(VOCABULARY))
 
     with pytest.raises(ZeroDivisionError):

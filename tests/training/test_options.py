@@ -34,7 +34,7 @@ def test_a_fitted_filter_goes_on_from_its_checkpoint_to_the_same_bits(name, tmp_
 def test_an_adaptive_filter_on_its_floor_says_so(tmp_path, capsys):
     train(tmp_path / "run", "filter=kalman_adaptive", "filter.floor=0.5", "trainer.steps=2")
     out = capsys.readouterr().out
-    assert out.count("the adaptive filter sees no drift beyond noise; Q/V stays on its floor 0.5") == 1
+    assert out.count("the adaptive filter sees no drift beyond noise; Q/v stays on its floor 0.5") == 1
 
 
 def test_dynamic_sampling_looks_for_groups_with_variance(tmp_path):

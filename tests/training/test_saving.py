@@ -225,7 +225,7 @@ def rewrite_state(path, **changes):
 def test_checkpoints_bear_their_format(tmp_path):
     run = train(tmp_path / "run", *SIZE, "trainer.steps=2")
     path = checkpoints(run)[-1]
-    assert json.loads((path / written.STATE).read_text())["format"] == "kpo-checkpoint-1"
+    assert json.loads((path / written.STATE).read_text())["format"] == "kpo-checkpoint-2"
     rewrite_state(path, format=None)  # as all were before it was written down
     assert resumable_checkpoint(run) == (path, [])
     resume(run, "trainer.steps=3")
@@ -236,11 +236,11 @@ def test_a_checkpoint_of_a_newer_kpo_is_refused_by_whoever_opens_it(tmp_path):
     run = train(tmp_path / "run", *SIZE, "trainer.steps=2")
     path = checkpoints(run)[-1]
     assert newest_checkpoint(run) == (path, [])
-    rewrite_state(path, format="kpo-checkpoint-2")
+    rewrite_state(path, format="kpo-checkpoint-3")
     (path / "model.safetensors").rename(path / "weights.safetensors")
     written._forget_optimizer(path)
     shutil.copytree(path, path / "merged", ignore=shutil.ignore_patterns("trainer"))
-    line = "its format is kpo-checkpoint-2, and this kpo reads kpo-checkpoint-1 and older: update kpo"
+    line = "its format is kpo-checkpoint-3, and this kpo reads kpo-checkpoint-2 and older: update kpo"
     for opens in (
         lambda: resume(run, "trainer.steps=4"),
         lambda: _locate(str(run)),

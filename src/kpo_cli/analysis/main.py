@@ -63,8 +63,9 @@ def _print(found: dict[str, Any], console: Console) -> None:
         say(
             console,
             f"\nvalue: all off-policy tokens, with its interval over prompts. sample, shuffled, signs flipped: "
-            f"{sample['responses']} responses drawn at random (seed {sample['seed']}), and 95% of "
-            f"{found['settings']['nulls']['draws']} draws of each null; *: the sample lies outside, p < 0.05",
+            f"{sample['responses']} responses drawn at random (seed {sample['seed']}), and the "
+            f"bands in which all statistics of all series lie together in 95% of {found['settings']['nulls']['draws']} "
+            f"draws of the null; *: the sample lies outside",
             wrap=True,
         )
 

@@ -26,6 +26,9 @@ def group_normalised(
         raise ValueError(f"group_size={group_size} must be at least 2: an advantage is relative to the group")
     if rewards.dim() != 1 or rewards.numel() % group_size:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not make whole groups of {group_size}")
+    if not bool(rewards.isfinite().all()):
+        row = int((~rewards.isfinite()).nonzero()[0])
+        raise ValueError(f"reward {row} is {float(rewards[row])}; a reward must be a finite number")
     groups = rewards.to(torch.float64).view(-1, group_size)
     zero_variance = (groups == groups[:, :1]).all(-1)
     centred = groups - groups.mean(-1, keepdim=True)

@@ -183,32 +183,52 @@ class AdaptiveFilter(RatioFilter, Protocol):
 
 @dataclass(frozen=True)
 class AdaptiveKalman(Kalman):
-    """Kalman filter with Q and V by maximum likelihood on recent off-policy log-ratios (`kpo_cli.core.noise`).
+    """Kalman filter with Q and the noise by maximum likelihood on recent off-policy log-ratios (`kpo_cli.core.noise`).
 
-    `q` and `v` are where it starts. On real ratios the most likely Q is often 0, no drift beyond the noise; then Q/V
-    is `floor`, and `refit` says so. `memory` is the weight of the past at each new batch.
+    V_t = v (m_t^gamma + constant) with m_t = 1 - p_t, p_t the old probability of the token, all of it fitted together.
+    `q` and `v` are where it starts: `gamma` 0 and `constant` 0, the same V for all tokens. On real ratios the most
+    likely Q may be 0, no drift beyond the noise; then Q/v is `floor`, and `refit` says so. `memory` is the weight of
+    the past at each new batch.
     """
 
     floor: float = 1e-8
     memory: float = 0.8
+    gamma: float = 0.0
+    constant: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_memory(self.memory)
         if not 1e-10 <= self.floor <= 1:
             raise ValueError(f"filter.floor={self.floor} must be between 1e-10 and 1")
+        for name in ("gamma", "constant"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"filter.{name}={getattr(self, name)} must be a finite number, at least 0")
+        if self.gamma and not self.constant:
+            raise ValueError(
+                f"filter.gamma={self.gamma} needs a filter.constant above 0: a sure token has no other noise"
+            )
+
+    def __call__(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
+        if not self.gamma:
+            return kalman_filter(z, mask, q=self.q, v=self.v * (1 + self.constant), p0=self.p0)
+        mask = as_mask(mask)
+        check_same_shape(z=z, mask=mask, old_log_probs=old_log_probs)
+        miss = noise.miss_of(cleaned(mask, old_log_probs=old_log_probs.detach())["old_log_probs"], mask.shape)
+        variance = noise.Shape(self.gamma, self.constant)(miss).mul_(self.v)
+        return kalman_filter_varying(z, mask, q=self.q, variance=variance, p0=self.p0)
 
     def sums(self, z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:
-        return noise.drift_sums(z, mask)
+        return noise.walk_sums(z, mask, old_log_probs)
 
     def refit(self, sums: Tensor) -> tuple["AdaptiveKalman", str | None]:
-        fit = noise.fit_drift(sums, self.floor)
+        fit = noise.fit_walk(sums, self.floor)
         if fit is None:
             return self, None
         note = None
         if fit.on_floor:
-            note = f"the adaptive filter sees no drift beyond noise; Q/V stays on its floor {self.floor:g}"
-        return replace(self, q=fit.q, v=fit.v), note
+            note = f"the adaptive filter sees no drift beyond noise; Q/v stays on its floor {self.floor:g}"
+        return replace(self, q=fit.q, v=fit.v, gamma=fit.shape.gamma, constant=fit.shape.constant), note
 
 
 @dataclass(frozen=True)
@@ -296,7 +316,7 @@ def kalman_filter_varying(z: Tensor, mask: Tensor, *, q: float, variance: Tensor
     clean = cleaned(rows.mask, variance=variance)["variance"].double()
     if bool((rows.mask & (clean <= 0)).any()):
         raise ValueError("variance must be above 0 on every valid token")
-    precision = torch.where(rows.mask, 1 / clean, 0.0)
+    precision = torch.where(rows.mask, (1 / clean).clamp(max=torch.finfo(torch.float64).max), 0.0)
     gains = riccati_gains(precision, (rows.age > 0).double() * q, p0)
     return rows.finished(states_of_gains(rows.z, gains))
 

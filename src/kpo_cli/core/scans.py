@@ -12,7 +12,9 @@ from torch import Tensor
 CHUNK = 32
 """Tokens per block. 16 to 64 measure alike; 32 is the middle."""
 RESCALED_EVERY = 8
-"""Tokens between two rescalings in `riccati_gains`: terms grow by 1 + Q/V_t a token, so Q/V_t may be up to 1e37."""
+"""Tokens between two rescalings in `riccati_gains`: terms grow by 1 + Q/V_t a token."""
+CERTAIN = 1e25
+"""Q/V_t and P_0/V_t of which more makes no difference: the gain is 1 to all digits, what the state was is forgotten."""
 
 
 def exponential_scan(u: Tensor, log_decay: float) -> Tensor:
@@ -57,8 +59,12 @@ def riccati_gains(precision: Tensor, q: Tensor, p0: float) -> Tensor:
 
     A precision of 0 is a token that is not observed: P grows, K = 0. One step maps P to (P + q) / (1 + (P + q) s), a
     fractional linear map; a block is the product of its 2 x 2 matrices, which may be rescaled freely. No term is ever
-    subtracted, so nothing cancels and nothing overflows.
+    subtracted, so nothing cancels; in units of q, and without what is more than CERTAIN, nothing overflows.
     """
+    unit = q.amax() if q.numel() else q.new_zeros(())
+    unit = torch.where(unit > 0, unit, 1.0)  # tensors throughout: nobody waits for a device
+    precision, q = (precision * unit).clamp(max=CERTAIN), q / unit
+    prior = torch.clamp(p0 / unit, max=CERTAIN / torch.where(precision > 0, precision, CERTAIN).amin()) if p0 else 0.0
     s, noise = _to_blocks(precision), _to_blocks(q)  # (C, B, blocks)
     n1, n2, d1, d2 = torch.ones_like(s[0]), torch.zeros_like(s[0]), torch.zeros_like(s[0]), torch.ones_like(s[0])
     for c in range(CHUNK):  # in place: memory traffic is what this function costs
@@ -70,7 +76,7 @@ def riccati_gains(precision: Tensor, q: Tensor, p0: float) -> Tensor:
             scale = d1 + d2
             for term in (n1, n2, d1, d2):
                 term.div_(scale)
-    starts = [torch.full_like(n1[:, 0], p0)]
+    starts = [torch.zeros_like(n1[:, 0]) + prior]
     for k in range(n1.shape[1] - 1):
         starts.append((n1[:, k] * starts[-1] + n2[:, k]) / (d1[:, k] * starts[-1] + d2[:, k]))
     p = torch.stack(starts, -1)
@@ -106,4 +112,4 @@ def _to_blocks(x: Tensor) -> Tensor:
 
 
 def _from_blocks(x: Tensor, length: int) -> Tensor:
-    return x.permute(1, 2, 0).reshape(x.shape[1], -1)[:, :length]
+    return x.permute(1, 2, 0).flatten(1)[:, :length]

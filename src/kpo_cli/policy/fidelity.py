@@ -78,7 +78,7 @@ def choose_way(model: Any, before: Way | None = None) -> Way:
     another one the numbers would change in the middle of the run. Raises UserError if there is no way.
     """
     own = Way(_attention(model), model.config._experts_implementation)
-    with _short_windows(model):
+    with short_windows(model):
         trials = [_Trial(model), *_with_weights_drawn(model)]
         wrong: dict[Way, str] = {}
         for way in _ways(model, own, before):
@@ -191,7 +191,7 @@ class _Trial:
         # A grouped product has no float64: then experts one by one, which round in float32 about as it does.
         single = replace(way, experts=way.experts and "eager")
         wide = torch.inf
-        with suppress(Exception), _in_float64(self.model), _WideSoftmax():
+        with suppress(Exception), in_float64(self.model), _WideSoftmax():
             if self.wide_truth is None:
                 self.wide_truth = plain_log_probs(self.model, self.batch)
             wide = self._gap(single, self.wide_truth)
@@ -270,7 +270,7 @@ def _with_weights_drawn(model: Any) -> list[_Trial]:
 
 
 @contextmanager
-def _in_float64(model: Any) -> Iterator[None]:
+def in_float64(model: Any) -> Iterator[None]:
     """Within the block the model computes in float64, with no more than one layer and the head copied at a time.
 
     What it rounds to float32 by itself, as in its norms, it rounds both ways alike.
@@ -329,7 +329,7 @@ def _units(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, list[torc
 
 
 @contextmanager
-def _short_windows(model: Any) -> Iterator[None]:
+def short_windows(model: Any) -> Iterator[None]:
     """Within the block sliding windows are so short that the probe sees them act: some layers have theirs in the
     mask alone, which packed attention does not read."""
     holders = [*model.modules(), model.config.get_text_config()]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kpo_cli.errors import UserError
+from kpo_cli.policy.fidelity import in_float64, short_windows
 from kpo_cli.policy.lora import adapted
-from kpo_cli.policy.scorer import _in_float64, _short_windows
 from kpo_cli.rollout.check import BFLOAT16, CLOSE, GROSS, SERVES, Gap, Score
 from kpo_cli.rollout.hf import HFSampler
 from kpo_cli.rollout.ways import CACHED, REREADING, Ways
@@ -25,7 +25,7 @@ PROMPTS = ((1, 2, 3, 9), (1, 1), (3, 3), (9, 9))
 SAMPLES = 2
 """To each prompt."""
 TOKENS = 12
-"""Of a response at most. Windows are shorter within the trial (`_short_windows`)."""
+"""Of a response at most. Windows are shorter within the trial (`short_windows`)."""
 STOP_EVERY = 6
 """One token of so many ends a response, so that they end at different times."""
 TOLERANCE = 1e-4
@@ -72,7 +72,7 @@ def choose_ways(sampler: HFSampler, score: Score, half: bool, prompts: Sequence[
     Raises UserError if there is none.
     """
     rounded = half and bool(adapted(sampler.model))
-    with _short_windows(sampler.model), _in_float32(sampler.model, half and not rounded):
+    with short_windows(sampler.model), _in_float32(sampler.model, half and not rounded):
         return _Trials(sampler, score, prompts, rounded).choose()
 
 
@@ -133,7 +133,7 @@ class _Trials:
             return False
         self.looked, kept, self.scored = True, self.scored, {}
         try:
-            with _in_float64(self.sampler.model):
+            with in_float64(self.sampler.model):
                 return self._gap(ways).largest <= TOLERANCE
         except Exception:  # it has no float64
             return False

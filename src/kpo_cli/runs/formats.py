@@ -4,8 +4,8 @@ from typing import Any
 
 RUN = "kpo-run-1"
 """A run's or an evaluation's directory, in manifest.json. Without one it was written before formats had versions."""
-CHECKPOINT = "kpo-checkpoint-1"
-"""A checkpoint, in trainer/state.json. The first ones had none."""
+CHECKPOINT = "kpo-checkpoint-2"
+"""A checkpoint, in trainer/state.json. The first had none; since 2 kalman_adaptive's sums are those of its noise."""
 RATIOS = "kpo-ratios-1"
 """A ratio record, in the file's metadata."""
 

@@ -123,7 +123,11 @@ def _restored(checkpoint: Path, updater: Updater) -> Progress:
     """What a checkpoint knows beside the weights, in its place."""
     progress = restore(checkpoint, updater.optimizer)
     if progress.filter_sums is not None:
-        updater.refit(torch.tensor(progress.filter_sums, dtype=torch.float64))
+        sums = torch.tensor(progress.filter_sums, dtype=torch.float64)
+        if updater.takes(sums):
+            updater.refit(sums)
+        else:  # those of an older kpo, whose filter fitted less: it begins again with the next batch
+            progress.filter_sums = None
     if progress.max_tokens is not None:
         updater.max_tokens = min(updater.max_tokens, progress.max_tokens)
     return progress

@@ -270,7 +270,9 @@ def _refit(job: Training, progress: Progress, batch: Batch, record: UpdateRecord
         if note := job.updater.refit(sums):
             display.warn_once(note)
     fitted = job.updater.objective.ratio_filter
-    return {f"filter_{name}": getattr(fitted, name) for name in ("q", "v", "gamma") if hasattr(fitted, name)}
+    return {
+        f"filter_{name}": getattr(fitted, name) for name in ("q", "v", "gamma", "constant") if hasattr(fitted, name)
+    }
 
 
 def _next_prompts(job: Training, progress: Progress) -> list[int]:

@@ -143,6 +143,13 @@ class Updater:
         self.objective = replace(self.objective, ratio_filter=fitted)
         return note
 
+    def takes(self, sums: Tensor) -> bool:
+        """Whether these are sums that the objective's filter makes and can be fitted to."""
+        ratio_filter, empty = self.objective.ratio_filter, torch.zeros(1, 1)
+        return (
+            isinstance(ratio_filter, AdaptiveFilter) and sums.shape == ratio_filter.sums(empty, empty > 0, empty).shape
+        )
+
     def _mini_batches(self, batch: Batch) -> list[Tensor]:
         """Rows of each mini-batch. Cut by prompt, so that a group is never torn apart."""
         prompts = np.array_split(np.arange(int(batch.prompt_index[-1]) + 1), self.mini_batches)
@@ -304,6 +311,10 @@ class Updater:
         else:  # threads may not share .grad
             gradients = torch.autograd.grad(out.loss, parameters, allow_unused=True)
         out = replace(out, loss=out.loss.detach())
+        if self.mask_truncated:  # what is not learned from has ratios all the same
+            z = torch.where(part.response_mask.to(device), log_probs.detach() - old, 0.0)
+            x = self.objective.ratio_filter(z, part.response_mask.to(device), old)
+            out = replace(out, log_ratio=z, filtered_log_ratio=x)
         return Micro(rows, part.response_mask, old, entropy.detach(), out, gradients)
 
     def _map(self, work: Callable[[Tensor], Result], batch: Batch, rows: Tensor) -> list[Result]:

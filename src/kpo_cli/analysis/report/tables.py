@@ -6,6 +6,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
+from kpo_cli.analysis.statistics.family import LEVEL
+from kpo_cli.analysis.statistics.order import ORDER
 from kpo_cli.analysis.statistics.sums import STATISTICS
 from kpo_cli.terminal import text_of
 
@@ -67,10 +69,25 @@ def statistic_table(found: dict[str, Any], name: str) -> Table:
 
 
 def _null(null: dict[str, Any] | None, share: bool) -> str:
-    """95% of the draws, and a star where the sample lies outside."""
+    """The band of the null's family, and a star where the sample lies outside."""
     if null is None:
         return "-"
-    return f"{interval((null['low'], null['high']), share)} {'*' if null['p_value'] < 0.05 else ' '}"
+    return f"{interval(null['band'], share)} {'*' if outside(null) else ' '}"
+
+
+def outside(null: dict[str, Any]) -> bool:
+    """Of its band: significant among all statistics that are compared with this null."""
+    return bool(null["p_adjusted"] <= LEVEL)
+
+
+def order_table(found: dict[str, Any]) -> Table:
+    """What the raw log-ratios show of order in time, beyond neighbours."""
+    rows = []
+    for name, label in ORDER.items():
+        nulls = [found["order"][kind]["statistics"][name] for kind in ("null_shuffled", "null_sign_flipped")]
+        observed = next((null["observed"] for null in nulls if null), None)
+        rows.append([label, number(observed), *(_null(null, False) for null in nulls)])
+    return Table("Order of raw log-ratios", ["statistic", "sample", "shuffled", "signs flipped"], rows)
 
 
 def filter_table(found: dict[str, Any]) -> Table:
@@ -127,15 +144,19 @@ def noise_table(found: dict[str, Any]) -> Table | None:
             name.replace("_", " "),
             model["description"],
             f"{model['log_likelihood_per_token']:.3f}",
-            f"{model['gain_over_constant_noise']:+.3f} ± {model['gain_error']:.3f}",
+            f"{model['gain_over_constant_noise']:+.3f}",
+            "-" if model["gain_error"] is None else f"{model['gain_error']:.3f}",
         ]
         for name, model in models
     ]
-    note = (
-        f"fitted on {len(judged['fitted_steps'])} recorded steps, judged on the {len(judged['judged_steps'])} between"
-    )
-    columns = ["noise of raw log-ratios", "fit", "nats per token", "over constant noise"]
-    return Table("Log-likelihood of steps that were not fitted", columns, rows, note, label_columns=2)
+    if judged["by"] == "steps":
+        fitted, between = len(judged["fitted_steps"]), len(judged["judged_steps"])
+        cut = f"fitted on {fitted} recorded steps, judged on the {between} between"
+    else:
+        cut = f"fitted on every second of the {judged['by']}, judged on the others"
+    columns = ["noise of raw log-ratios", "fit", "nats per token", "over constant noise", "se"]
+    note = f"{cut}; se: standard error over prompts"
+    return Table(f"Log-likelihood of {judged['by']} that were not fitted", columns, rows, note, label_columns=2)
 
 
 def breakdown_table(found: dict[str, Any], kind: str) -> Table:
@@ -166,6 +187,7 @@ def terminal_tables(found: dict[str, Any]) -> list[Table]:
     if not found["filters"]:
         return [mini_batch_table(found)] if found["mini_batches"] else []
     tables = [statistic_table(found, name) for name in WITH_NULLS]
+    tables += [order_table(found)] if found["order"] else []
     tables += [filter_table(found)]
     tables += [mini_batch_table(found)] if found["mini_batches"] else []
     noise = noise_table(found)

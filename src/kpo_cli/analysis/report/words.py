@@ -3,11 +3,10 @@
 import math
 from typing import Any
 
-from kpo_cli.analysis.report.tables import interval, number
+from kpo_cli.analysis.report.tables import interval, number, outside
 
-LEVEL = 0.05
-TESTED = ("switch_frequency", "low_frequency_energy", "autocorrelation")
-"""What decides whether there is structure in time; three tests, so each is made at a third of the level."""
+SPOKEN = ("switch_frequency", "low_frequency_energy", "autocorrelation")
+"""Statistics of the raw log-ratios that have a sentence of their own where they lie outside the null."""
 NOTHING_PASSED = 0.05
 
 
@@ -50,23 +49,43 @@ def _on_policy(entry: dict[str, Any]) -> str:
 
 
 def _structure(found: dict[str, Any]) -> list[str]:
-    raw = found["filters"]["raw"]
+    raw, order = found["filters"]["raw"], found["order"]
     switch = raw["switch_frequency"]
     text = f"The sign of the raw log-ratio switches at {number(switch['value'], True)} of neighbours"
     null = switch["null_shuffled"]
-    if null is None:
+    if order is None or null is None:
         return [f"{text}; without a null this says nothing about time."]
-    band = interval((null["low"], null["high"]), True)
-    observed = number(null["observed"], True)
+    observed, band = number(null["observed"], True), interval(null["band"], True)
     text = f"{text}; on a sample it is {observed}, and {band} with the tokens of each response shuffled."
-    beyond = {name: raw[name]["null_shuffled"] for name in TESTED if _significant(raw[name]["null_shuffled"])}
-    if not beyond:
-        return [text, "There is no temporal structure beyond the shuffled null (three tests, 5% for all together)."]
-    return [text, f"There is some order in time: {', and '.join(_direction(n, null) for n, null in beyond.items())}."]
+    return [text, _order(raw, order)]
 
 
-def _significant(null: dict[str, Any] | None) -> bool:
-    return null is not None and null["p_value"] < LEVEL / len(TESTED)
+def _order(raw: dict[str, Any], order: dict[str, Any]) -> str:
+    family = order["null_shuffled"]
+    tests = f"p {family['p_value']:.2g} for all {family['tests']} statistics together"
+    if order["verdict"] == "cannot tell":
+        return f"Whether there is order in time cannot be told: so few tokens look alike in any order ({tests})."
+    if order["verdict"] == "no order seen":
+        return f"No order in time is seen: nothing lies outside what shuffled tokens show ({tests})."
+    outside = [name for series, name in family["outside"] if series == "raw"]
+    said = [_direction(name, raw[name]["null_shuffled"]) for name in SPOKEN if name in outside]
+    said += [_hang_together(name, family["statistics"][name]) for name in TOGETHER if name in outside]
+    others = len(family["outside"]) - sum(name in SPOKEN or name in TOGETHER for name in outside)
+    if others:
+        more = f"{others} {'more ' if said else ''}statistic{'s' * (others != 1)}"
+        said.append(f"{more}, marked in the tables, {'lies' if others == 1 else 'lie'} outside")
+    return f"There is order in time ({tests}): {'; '.join(said)}."
+
+
+TOGETHER = {
+    "sign_correlogram": "signs at some distances hang together",
+    "sign_by_place": "signs at one place of all responses agree",
+    "size_by_place": "sizes at one place of all responses agree",
+}
+
+
+def _hang_together(name: str, null: dict[str, Any]) -> str:
+    return f"{TOGETHER[name]} {'more' if null['observed'] > null['mean'] else 'less'} than shuffled"
 
 
 def _direction(name: str, null: dict[str, Any]) -> str:
@@ -81,22 +100,20 @@ def _direction(name: str, null: dict[str, Any]) -> str:
     }[name, more]
     share = name != "autocorrelation"
     numbers = f"{number(null['observed'], share)} against {number(null['mean'], share)}"
-    return f"{meaning} ({numbers}, p {null['p_value']:.2g})"
+    return f"{meaning} ({numbers})"
 
 
 def _filters(found: dict[str, Any]) -> list[str]:
-    """What the filters do to the signs, how much of that needs no order in time, and what they let through."""
+    """What the filters do to the signs, whether that needs order in time, and what they let through."""
     filters = {name: entry for name, entry in found["filters"].items() if name != "raw"}
-    raw, sentences = found["filters"]["raw"]["switch_frequency"], []
+    sentences = []
     rates = {name: entry["switch_frequency"] for name, entry in filters.items() if _number(entry["switch_frequency"])}
     if rates:
         values = ", ".join(f"{number(rate['value'], True)} ({name})" for name, rate in rates.items())
         sentences.append(f"After the filters it switches at {values}.")
-    explained = [share for rate in rates.values() if (share := _explained(raw, rate)) is not None]
-    if explained:
-        low, high = min(explained), max(explained)
-        shown = f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
-        sentences.append(f"Of that drop {shown} is there with shuffled tokens as well: smoothing, not structure.")
+    nulls = {name: rate["null_shuffled"] for name, rate in rates.items() if rate["null_shuffled"] is not None}
+    if nulls:
+        sentences.append(_beyond_smoothing(nulls))
     passed = {name: entry["share_passed"] for name, entry in filters.items() if entry["share_passed"] is not None}
     if passed:
         shares = ", ".join(f"{number(share, True)} ({name})" for name, share in passed.items())
@@ -109,29 +126,42 @@ def _filters(found: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def _beyond_smoothing(nulls: dict[str, dict[str, Any]]) -> str:
+    """Shuffled tokens have no order, and a filter smooths them all the same."""
+    beyond = [
+        f"{name} ({number(null['observed'], True)} where shuffled tokens give {interval(null['band'], True)})"
+        for name, null in nulls.items()
+        if outside(null)
+    ]
+    if not beyond:
+        return "Shuffled tokens, filtered, switch as seldom: the drop is no sign of order in time."
+    others = "; the others switch as shuffled tokens do" if len(beyond) < len(nulls) else ""
+    return f"Shuffled tokens, filtered, drop as well; outside what they do lie {', '.join(beyond)}{others}."
+
+
 def _number(statistic: dict[str, Any]) -> bool:
     return statistic["value"] is not None and not math.isnan(statistic["value"])
-
-
-def _explained(raw: dict[str, Any], filtered: dict[str, Any]) -> float | None:
-    """Part of the drop in switch frequency that the filter makes of shuffled tokens too; at most all of it."""
-    before, after = raw["null_shuffled"], filtered["null_shuffled"]
-    if before is None or after is None or before["observed"] <= after["observed"]:
-        return None
-    share = (before["observed"] - after["mean"]) / (before["observed"] - after["observed"])
-    return float(min(1.0, max(0.0, share)))
 
 
 def _drift(noise: dict[str, Any] | None) -> str:
     fit = noise and noise["drift"]
     if not fit:
         return ""
-    if fit["on_floor"]:
-        return "The most likely process noise Q is 0: no drift along the response is visible beyond noise."
-    tau = 1 / (2 * math.asinh(math.sqrt(fit["q_over_v"]) / 2))
-    error = fit["log_q_over_v_error_jackknife"]
-    spread = f", to within a factor {math.exp(2 * error):.2g}" if error is not None else ""
-    return f"The most likely Q/V is {fit['q_over_v']:.2g}{spread}: a time constant of {tau:,.0f} tokens."
+    p = fit["p_values"] and fit["p_values"]["prediction"]
+    tested = f"p {p['null_shuffled']:.2g} shuffled, {p['null_sign_flipped']:.2g} with signs flipped" if p else ""
+    if fit["verdict"] == "no drift seen":
+        return f"No drift along the response is seen: the past does not predict the next log-ratio ({tested})."
+    if fit["verdict"] == "not determined":
+        why = ", and ".join(fit["against"])
+        return (
+            f"Whether there is a drift along the response is not determined: {why}{f' ({tested})' if tested else ''}."
+        )
+    low, high = fit["q_interval"]
+    return (
+        f"There is a drift along the response: the past predicts the next log-ratio ({tested}). The most likely walk "
+        f"has Q = {fit['q']:.2g} (95%: {low:.2g} to {high:.2g}), moves by {number(fit['moved'])} over a response, and "
+        f"its filter has a time constant of {number(fit['time_constant'])} tokens."
+    )
 
 
 def _likelihood(noise: dict[str, Any] | None) -> str:
@@ -140,12 +170,20 @@ def _likelihood(noise: dict[str, Any] | None) -> str:
         return ""
     models = judged["models"]
     best = max(models, key=lambda name: models[name]["log_likelihood_per_token"])
-    gain, error = models[best]["gain_over_constant_noise"], models[best]["gain_error"]
-    walk = models["random_walk"]["gain_over_constant_noise"]
-    text = f"On steps that were not fitted, drift gains {walk:+.3f} nats a token over constant noise"
-    if best in ("constant_noise", "random_walk"):
+    walk = models.get("walk_in_shaped_noise", models["random_walk"])
+    text = (
+        f"On {judged['by']} that were not fitted a walk gains {_gain(walk, 'gain_of_walk')} nats a token over the same "
+        f"noise without one"
+    )
+    if best == "constant_noise":
         return f"{text}."
-    return f"{text}; the best noise model, {models[best]['description']}, gains {gain:+.2f} ± {error:.2f}."
+    gain = _gain(models[best], "gain_over_constant_noise", "gain_error")
+    return f"{text}; the best model, {models[best]['description']}, gains {gain} over constant noise."
+
+
+def _gain(model: dict[str, Any], name: str, error: str = "") -> str:
+    spread = model[error or f"{name}_error"]
+    return f"{model[name]:+.3f}" + (f" ± {spread:.3f} (standard error over prompts)" if spread is not None else "")
 
 
 def _mismatch(m: dict[str, Any] | None) -> str:

@@ -20,7 +20,8 @@ from kpo_cli.analysis.statistics.collect import (
     fitting,
     percentiles,
 )
-from kpo_cli.analysis.statistics.nulls import SeriesNull, nulls_of
+from kpo_cli.analysis.statistics.family import LEVEL
+from kpo_cli.analysis.statistics.nulls import NULLS, NullResult, Nulls, nulls_of
 from kpo_cli.analysis.statistics.series import RAW, RECORDED, Series, describe, own_filter, series_of, share_passed
 from kpo_cli.analysis.statistics.spectrum import BINS, quotient
 from kpo_cli.analysis.statistics.sums import AT, Sums, autocorrelations, statistics
@@ -28,7 +29,7 @@ from kpo_cli.errors import UserError
 from kpo_cli.intervals.clusters import cluster_intervals
 from kpo_cli.runs.ratios import Ratios
 
-SCHEMA = "kpo-analysis-1"
+SCHEMA = "kpo-analysis-2"
 LEVELS = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
 REPRODUCES = 1e-3
 """A rebuilt filter stands for the recorded one if it is so close, relative to the largest recorded value: the record is
@@ -95,7 +96,7 @@ def analyse(
     for i, each in enumerate(series):
         clusters = done.clusters[done.off_policy][:, i]
         own_intervals = cluster_intervals(clusters, statistics, config.bootstrap, config.seed)
-        entry = _entry(each, off_policy[i], own_intervals, nulls.get(each.name, {}))
+        entry = _entry(each, off_policy[i], own_intervals, nulls.series.get(each.name, {}) if nulls else {})
         found["filters"][each.name] = entry | _distributions(done.collector, i, off_policy[i])
         found["filters"][each.name]["share_passed"] = _passed(each, null_sample, off_policy[0])
     stage("noise models")
@@ -106,7 +107,8 @@ def analyse(
         "breakdowns": _breakdowns(done.collector, series),
         "clip_what_if": _what_if(done.collector, series, off_policy[0][AT["tokens"]]),
         "mismatch": _mismatch(done.collector, float(found["filters"][RAW]["std"]["value"] or 0.0)),
-        "noise": _noise(sample, config),
+        "order": _order(nulls, series),
+        "noise": _noise(sample, nulls, config),
     }
     return Analysis(found, sample, series)
 
@@ -192,12 +194,14 @@ def _values(sums: Sums) -> dict[str, float]:
     return {name: float(value) for name, value in statistics(sums).items()}
 
 
-def _entry(series: Series, sums: Sums, own: dict[str, tuple[float, float]] | None, nulls: SeriesNull) -> dict[str, Any]:
+def _entry(
+    series: Series, sums: Sums, own: dict[str, tuple[float, float]] | None, nulls: dict[str, NullResult]
+) -> dict[str, Any]:
     """A series as in analysis.json: value, interval and nulls of each statistic."""
     entry: dict[str, Any] = {"description": describe(series)}
     for name, value in _values(sums).items():
         entry[name] = {"value": value, "ci": None if own is None else list(own[name])}
-        for kind in ("null_shuffled", "null_sign_flipped"):
+        for kind in NULLS:
             null = nulls[kind].statistics[name] if kind in nulls else None
             entry[name][kind] = None if null is None else dataclasses.asdict(null)
     entry["curves"] = {
@@ -317,12 +321,33 @@ def _mismatch(collector: Collector, drift: float) -> dict[str, Any] | None:
     }
 
 
-def _noise(sample: Ratios, config: AnalyzeConfig) -> dict[str, Any] | None:
+def _order(nulls: Nulls | None, series: list[Series]) -> dict[str, Any] | None:
+    """Each null's family and what is outside it; the verdict is that of the shuffled one. None without nulls."""
+    if nulls is None:
+        return None
+    found: dict[str, Any] = {}
+    for kind, family in nulls.families.items():
+        outside = [key for key, one in family.judged.items() if one is not None and one.p_adjusted <= LEVEL]
+        found[kind] = {
+            "tests": family.size,
+            "p_value": family.p_value,
+            "outside": [[RAW, key] if isinstance(key, str) else list(key) for key in outside],
+            "statistics": {
+                name: None if one is None else dataclasses.asdict(one) for name, one in nulls.order[kind].items()
+            },
+        }
+    shuffled = nulls.families["null_shuffled"]
+    verdict = "order" if shuffled.p_value <= LEVEL else "no order seen" if shuffled.refutable else "cannot tell"
+    return {"verdict": verdict, "level": LEVEL, **found}
+
+
+def _noise(sample: Ratios, nulls: Nulls | None, config: AnalyzeConfig) -> dict[str, Any] | None:
     """Noise models of the raw log-ratios, on the subsample."""
     if not config.likelihood_tokens:
         return None
     chosen = sample.rows(slice(fitting(sample.lengths, config.likelihood_tokens)))
-    return {"drift": noise_models.drift_fit(chosen), "held_out": noise_models.held_out(chosen)}
+    held = noise_models.held_out(chosen)
+    return {"drift": noise_models.drift(chosen, nulls, held), "held_out": held}
 
 
 def _empty() -> Ratios:

@@ -1,4 +1,4 @@
-"""The nulls of all series on one subsample: numbers for the tables, curves for the figures."""
+"""The nulls of all series on one subsample: numbers for the tables, curves for the figures, and the families."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,10 @@ from numpy.typing import NDArray
 
 from kpo_cli.analysis.config import AnalyzeConfig
 from kpo_cli.analysis.statistics.collect import LONGEST_RUN, run_counts
-from kpo_cli.analysis.statistics.resampling import Null, null_totals, shuffled, sign_flipped
+from kpo_cli.analysis.statistics.family import Family, Judged, judge
+from kpo_cli.analysis.statistics.likelihood import Likelihood
+from kpo_cli.analysis.statistics.order import ORDER, OrderStatistics
+from kpo_cli.analysis.statistics.resampling import null_totals, shuffled, sign_flipped
 from kpo_cli.analysis.statistics.series import Series
 from kpo_cli.analysis.statistics.spectrum import BINS, quotient, spectra
 from kpo_cli.analysis.statistics.sums import (
@@ -32,7 +35,7 @@ CURVE_DRAWS = 20
 class NullResult:
     """One series under one null."""
 
-    statistics: dict[str, Null | None]
+    statistics: dict[str, Judged | None]
     autocorrelation: dict[str, NDArray[np.float64]]
     spectrum: NDArray[np.float64]
     """(BINS,), relative to white noise."""
@@ -40,25 +43,52 @@ class NullResult:
     """(LONGEST_RUN + 1,): share of the runs that have each length."""
 
 
-SeriesNull = dict[str, NullResult]
-"""By name of the null, as in `NULLS`."""
+@dataclass(frozen=True)
+class Nulls:
+    """Of one subsample; everything by the name of the null, as in `NULLS`."""
+
+    series: dict[str, dict[str, NullResult]]
+    """By name of the series, without those whose filter is not known."""
+    order: dict[str, dict[str, Judged | None]]
+    """The statistics of `ORDER`."""
+    families: dict[str, Family]
+    """All of these together."""
+    prediction_p: dict[str, dict[str, float]]
+    """By statistic: the share of draws, the data among them, in which the past predicts at least as well."""
 
 
-def nulls_of(sample: Ratios, series: list[Series], config: AnalyzeConfig) -> dict[str, SeriesNull]:
-    """By name of the series. Those whose filter is not known, and all if no draws are wanted, are left out."""
+def nulls_of(sample: Ratios, series: list[Series], config: AnalyzeConfig) -> Nulls | None:
+    """None if no draws are wanted or all log-ratios are 0."""
     known = [each for each in series if each.ratio_filter is not None]
-    if not config.nulls.draws:
-        return {}
-    observed = [_observed(each, sample, config) for each in known]
-    found: dict[str, SeriesNull] = {each.name: {} for each in known}
+    noise = Likelihood(sample).still(shaped=True) if config.nulls.draws else None
+    if noise is None:
+        return None
+    order = OrderStatistics.of(sample, noise.shape, noise.v, config.lags, config.dead_zone)
+    observed: dict[Any, Any] = dict(order.of_sample(sample))
+    for each in known:
+        observed |= {(each.name, name): value for name, value in _observed(each, sample, config).items()}
+    found = Nulls({each.name: {} for each in known}, {}, {}, {name: {} for name in ORDER if "prediction" in name})
     for kind, draw in NULLS.items():
-        draws = draw(sample, config.nulls.draws, config.seed)
-        totals = null_totals(draws, [each.apply for each in known], config.dead_zone, config.cutoff)
+        few = (config.nulls.draws, config.seed)
+        drawn: dict[Any, Any] = dict(order.of_draws(draw(sample, *few), draw(order.without_places(sample), *few)))
+        totals = null_totals(draw(sample, *few), [each.apply for each in known], config.dead_zone, config.cutoff)
         for i, each in enumerate(known):
-            drawn = statistics(totals[i])
-            own = {name: Null.of(drawn[name], float(observed[i][name])) for name in STATISTICS}
-            found[each.name][kind] = NullResult(own, *_curves(sample, each, draw, config))
+            drawn |= {(each.name, name): values for name, values in statistics(totals[i]).items()}
+        family = found.families[kind] = judge(drawn, observed)
+        found.order[kind] = {name: family.judged[name] for name in ORDER}
+        for name, p_values in found.prediction_p.items():
+            p_values[kind] = _one_sided(drawn[name], observed[name])
+        for each in known:
+            own = {name: family.judged[each.name, name] for name in STATISTICS}
+            found.series[each.name][kind] = NullResult(own, *_curves(sample, each, draw, config))
     return found
+
+
+def _one_sided(drawn: NDArray[np.float64], observed: float) -> float:
+    """A prediction that does not exist is none."""
+    if not np.isfinite(observed):
+        return 1.0
+    return float((1 + (np.nan_to_num(drawn) >= observed).sum()) / (1 + len(drawn)))
 
 
 def _observed(series: Series, sample: Ratios, config: AnalyzeConfig) -> dict[str, Sums]:

@@ -1,0 +1,218 @@
+"""What the verdicts of `kpo analyze` are worth: how often each is right and wrong on data of known kinds.
+
+    python benchmarks/claims_of_analyze.py [--trials 100] [--quick] [--seed 20000] [--results claims.jsonl]
+
+Every kind of data is made `trials` times (10 with --quick) and goes the whole way, from a file to the words. Results
+are added to a file, one line a data set, and what stands there is not made again. Prints the tables of docs/claims.md.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from kpo_cli.analysis.config import AnalyzeConfig, analyze_config
+from kpo_cli.analysis.report.words import summary
+from kpo_cli.analysis.source import find_source
+from kpo_cli.analysis.statistics.analyse import analyse
+from kpo_cli.cli.compose import conf_dir
+
+Array = np.ndarray
+GROUP, MINI_BATCHES = 4, 4
+
+
+def noise_of(miss: Array) -> Array:
+    """What the built-in policy's log-ratios look like: standard deviation by 1 - p."""
+    return np.sqrt(0.86 * miss**2.92) + 1e-6
+
+
+def white(rng: np.random.Generator, miss: Array) -> Array:
+    return rng.normal(size=miss.shape) * noise_of(miss)
+
+
+def heavy_tailed(rng: np.random.Generator, miss: Array) -> Array:
+    return rng.standard_t(2.2, miss.shape) * noise_of(miss)
+
+
+def autoregression(phi: float) -> Callable[[np.random.Generator, Array], Array]:
+    def make(rng: np.random.Generator, miss: Array) -> Array:
+        z = rng.normal(size=miss.shape)
+        for t in range(1, miss.shape[1]):
+            z[:, t] = phi * z[:, t - 1] + math.sqrt(1 - phi**2) * z[:, t]
+        return 0.1 * z
+
+    return make
+
+
+def walk(rng: np.random.Generator, shape: tuple[int, int], q: float) -> Array:
+    return np.cumsum(rng.normal(size=shape) * math.sqrt(q), 1)
+
+
+def walk_in_constant_noise(rng: np.random.Generator, miss: Array) -> Array:
+    return 0.1 * rng.normal(size=miss.shape) + walk(rng, miss.shape, 1e-4)
+
+
+def walk_in_shaped_noise(rng: np.random.Generator, miss: Array) -> Array:
+    return white(rng, miss) + walk(rng, miss.shape, 1e-7)
+
+
+def periodic(rng: np.random.Generator, miss: Array) -> Array:
+    """Responses have each their own phase."""
+    phase = rng.uniform(0, 2 * math.pi, (len(miss), 1))
+    return 0.1 * (rng.normal(size=miss.shape) + 0.6 * np.sin(phase + 2 * math.pi * np.arange(miss.shape[1]) / 6))
+
+
+def positional(rng: np.random.Generator, miss: Array) -> Array:
+    """A slow wave that all responses have in common, and sizes that fall along the response."""
+    place = np.arange(miss.shape[1])
+    common = 0.5 * np.sin(2 * math.pi * place / 40)
+    return 0.1 * (rng.normal(size=miss.shape) + common) * np.exp(-place / 60)
+
+
+def shifted(rng: np.random.Generator, miss: Array) -> Array:
+    """Every response has a shift of its own and no order in time."""
+    return 0.1 * (rng.normal(size=miss.shape) + 0.3 * rng.normal(size=(len(miss), 1)))
+
+
+def identical(rng: np.random.Generator, miss: Array) -> Array:
+    return np.zeros(miss.shape)
+
+
+Kind = tuple[Callable[[np.random.Generator, Array], Array], int, int, int]
+KINDS: dict[str, Kind] = {  # how it is made, steps, prompts a step, tokens of the longest response
+    "white": (white, 2, 16, 80),
+    "heavy-tailed": (heavy_tailed, 2, 16, 80),
+    "a shift a response": (shifted, 2, 16, 80),
+    "short": (white, 2, 16, 4),
+    "few prompts": (white, 1, 4, 80),
+    "AR(0.3)": (autoregression(0.3), 2, 16, 80),
+    "AR(0.95)": (autoregression(0.95), 2, 16, 80),
+    "AR(-0.3)": (autoregression(-0.3), 2, 16, 80),
+    "walk in constant noise": (walk_in_constant_noise, 2, 16, 80),
+    "walk in shaped noise": (walk_in_shaped_noise, 2, 16, 80),
+    "few prompts, AR(0.95)": (autoregression(0.95), 1, 4, 80),
+    "periodic": (periodic, 2, 16, 80),
+    "positional": (positional, 2, 16, 80),
+    "identical": (identical, 1, 16, 80),
+}
+ORDERLESS = ("white", "heavy-tailed", "a shift a response", "short", "few prompts")
+DRIFTLESS = (*ORDERLESS, "AR(-0.3)", "periodic", "positional")
+DRIFTS = {"walk in constant noise": 1e-4, "walk in shaped noise": 1e-7}
+
+
+def records(make: Callable[[np.random.Generator, Array], Array], prompts: int, width: int, seed: int) -> dict[str, Any]:
+    """The tensors of one step; the first mini-batch has z = 0. One token in two is nearly sure."""
+    rng = np.random.default_rng(seed)
+    rows = prompts * GROUP
+    mask = np.arange(width) < rng.integers(max(2, width // 2), width + 1, (rows, 1))
+    prompt = np.repeat(np.arange(prompts), GROUP)
+    mini_batch = prompt * MINI_BATCHES // prompts
+    miss = 10 ** rng.uniform(-4, 0, (rows, width))
+    z = np.where(mask & (mini_batch > 0)[:, None], make(rng, miss), 0.0)
+    old = np.where(mask, np.log1p(-np.minimum(miss, 0.999)), 0.0)
+    floats = {"log_ratio": z, "old_log_probs": old}
+    content = {name: torch.tensor(value, dtype=torch.float32) for name, value in floats.items()}
+    integers = {"prompt_index": prompt, "mini_batch_index": mini_batch}
+    content |= {name: torch.tensor(value, dtype=torch.int32) for name, value in integers.items()}
+    return content | {"response_mask": torch.tensor(mask)}
+
+
+def write_kind(folder: Path, kind: str, seed: int) -> Path:
+    """Ratio records of one data set."""
+    make, steps, prompts, width = KINDS[kind]
+    (folder / "ratios").mkdir(parents=True)
+    for step in range(1, steps + 1):
+        content = records(make, prompts, width, 100 * seed + step)
+        metadata = {"format": '"kpo-ratios-1"', "step": str(step), "filter": '{"name": "identity"}'}
+        save_file(content, folder / "ratios" / f"step-{step:06d}.safetensors", metadata)
+    return folder
+
+
+def configuration(*overrides: str) -> AnalyzeConfig:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = compose("analyze", ["runs=[RUN]", "bootstrap=0", *overrides])
+    return analyze_config(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
+
+
+def analysed(kind: str, seed: int, *overrides: str) -> dict[str, Any]:
+    """analysis.json of one data set, its summary included."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = analyse(find_source(write_kind(Path(folder) / "run", kind, seed)), configuration(*overrides)).found
+    return {**found, "summary": summary(found)}
+
+
+def said(found: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The verdicts, and what can be checked of them."""
+    order, drift = found.get("order"), (found.get("noise") or {}).get("drift")
+    if order is None:
+        return {"order": "all ratios 1" if "exactly 1" in found["summary"] else "no null", "drift": "none made"}
+    low, high = (drift["q_interval"] or (math.nan, math.nan)) if drift else (math.nan, math.nan)
+    return {
+        "order": order["verdict"],
+        "flipped": order["null_sign_flipped"]["p_value"] <= order["level"],
+        "drift": drift["verdict"],
+        "q_inside": low <= DRIFTS[kind] <= high if kind in DRIFTS and drift["verdict"] == "drift" else None,
+    }
+
+
+def missing(trials: int, seed: int, results: Path) -> Iterator[tuple[str, int]]:
+    done = {(line["kind"], line["seed"]) for line in lines(results)}
+    for trial in range(trials):
+        yield from ((kind, seed + trial) for kind in KINDS if (kind, seed + trial) not in done)
+
+
+def lines(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+
+
+def tables(found: list[dict[str, Any]]) -> str:
+    """Markdown: verdicts by kind, and the size or power of each claim."""
+    text = ["| data | sets | order in time | no order seen | cannot tell | drift | no drift seen | not determined |"]
+    text += ["|---|---|---|---|---|---|---|---|"]
+    for kind in KINDS:
+        own = [line for line in found if line["kind"] == kind]
+        order, drift = Counter(line["order"] for line in own), Counter(line["drift"] for line in own)
+        cells = [order["order"], order["no order seen"], order["cannot tell"]]
+        cells += [drift["drift"], drift["no drift seen"], drift["not determined"]]
+        text.append(f"| {kind} | {len(own)} | {' | '.join(share(cell, len(own)) for cell in cells)} |")
+    inside = [line["q_inside"] for line in found if line.get("q_inside") is not None]
+    flips = [line["flipped"] for line in found if line["kind"] in ("white", "heavy-tailed", "short", "few prompts")]
+    text += [
+        "",
+        f"Q inside its 95% interval where a drift is said: {share(sum(inside), len(inside))} of {len(inside)}.",
+    ]
+    text += [f"A star beside flipped signs, independent data: {share(sum(flips), len(flips))} of {len(flips)}."]
+    return "\n".join(text)
+
+
+def share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seed", type=int, default=20000)
+    parser.add_argument("--results", type=Path, default=Path("claims.jsonl"))
+    given, overrides = parser.parse_known_args()
+    torch.set_num_threads(1)
+    for kind, seed in missing(10 if given.quick else given.trials, given.seed, given.results):
+        line = {"kind": kind, "seed": seed, **said(analysed(kind, seed, *overrides), kind)}
+        with given.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    print(tables(lines(given.results)))
+
+
+if __name__ == "__main__":
+    main()
