@@ -46,7 +46,6 @@ FAMILIES = {
     "mamba": ("Mamba", STATES),
     "mamba2": ("Mamba2", STATES | {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}),
     "gpt1": ("OpenAIGPT", {"vocab_size": 120, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}),
-    "bert": ("BertGeneration", SMALL | {"is_decoder": False}),
 }
 SAMPLED = {
     "llama": Ways(),
@@ -140,9 +139,12 @@ def test_a_hybrid_that_decodes_a_little_differently_is_sampled_and_not_believed(
     assert gap.mean < 1e-2
 
 
-def test_a_model_that_looks_ahead_is_refused():
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_a_model_that_looks_ahead_is_refused(scale, monkeypatch):
+    """However little it shows with small weights, as those of a fresh model."""
+    monkeypatch.setitem(FAMILIES, f"bert {scale}", ("BertGeneration", SMALL | {"initializer_range": 0.2 * scale}))
     with pytest.raises(UserError, match=r"this model cannot be sampled: with a cache, .*; without one, log-prob"):
-        tried("bert")
+        tried(f"bert {scale}")
 
 
 def test_rounding_of_a_deep_model_is_told_from_a_difference():
