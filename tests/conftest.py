@@ -49,6 +49,15 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache_of_engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests of the engine write beside their runs stays out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name == "engine":
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
 class Result(NamedTuple):
     code: int
     out: str

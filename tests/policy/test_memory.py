@@ -16,7 +16,7 @@ from kpo_cli.policy.activations import Decoder, NoEstimate, cache_bytes
 from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.memory import GIB, MemoryPlan, check_memory, largest_micro_batch, plan_memory
 from kpo_cli.policy.scorer import pack
-from kpo_cli.rollout import hf
+from kpo_cli.rollout import hf, running
 from kpo_cli.training import check
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -75,8 +75,8 @@ def test_the_cache_is_the_samplers(monkeypatch):
     model = load_policy(config_of().model).model
     config = model.config
     decoder = Decoder.of(config, model)
-    made, spread = [], hf.spread
-    monkeypatch.setattr(hf, "spread", lambda cache, *a, **k: made.append(cache) or spread(cache, *a, **k))
+    made, spread = [], running.spread
+    monkeypatch.setattr(running, "spread", lambda cache, *a, **k: made.append(cache) or spread(cache, *a, **k))
     sampler = hf.HFSampler(model, stop_ids=[], temperature=1.0, max_response_tokens=60, batch_size=64)
     sampler.sample([[1, 2, 3, 4]] * 2, 8, (0,))
     held = sum(t.nbytes for layer in made[0].layers for t in (layer._key_store, layer._value_store))

@@ -191,7 +191,7 @@ class _Trial:
         # A grouped product has no float64: then experts one by one, which round in float32 about as it does.
         single = replace(way, experts=way.experts and "eager")
         wide = torch.inf
-        with suppress(Exception), in_float64(self.model), _WideSoftmax():
+        with suppress(Exception), in_float64(self.model), WideSoftmax():
             if self.wide_truth is None:
                 self.wide_truth = plain_log_probs(self.model, self.batch)
             wide = self._gap(single, self.wide_truth)
@@ -308,7 +308,7 @@ def in_float64(model: Any) -> Iterator[None]:
         restore(list(narrow))
 
 
-class _WideSoftmax(TorchFunctionMode):
+class WideSoftmax(TorchFunctionMode):
     """Within the block what is float64 stays so in a softmax: that of eager attention asks for float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
