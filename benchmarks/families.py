@@ -51,8 +51,10 @@ OVERRIDES = (
 """Several mini-batches, weights that move, and all that the judge reads."""
 UNNAMED = "check that it is a causal language model"
 """The advice of a refusal that names nothing."""
-TELLING = re.compile(r"padded|sampl|attention|eager|cache|decod", re.IGNORECASE)
+TELLING = re.compile(r"padded|sampl|attention|micro-batch|experts")
 """Notes of a run that say how it computes."""
+TOLD = re.compile(r"sampl.* (other log-probabilities|log-probabilities differ)")
+"""The one that says that the sampler's log-probabilities are not the trainer's."""
 
 
 def families() -> list[str]:
@@ -101,7 +103,7 @@ def verdict(gaps: list[dict[str, Any]], notes: Sequence[str]) -> dict[str, Any]:
     """Trained, if every recorded step has the untouched model's log-probabilities, or the trainer's are and the run
     said that the sampler's are not."""
     sampler, trainer = (largest(gap[name] for gap in gaps) for name in ("sampler", "trainer"))
-    told = any("sampl" in note and "differ" in note for note in notes)
+    told = any(TOLD.search(note) for note in notes)
     numbers = {"sampler_gap": sampler, "trainer_gap": trainer, "spread": min(gap["spread"] for gap in gaps)}
     numbers["lengths"] = [min(gap["lengths"][0] for gap in gaps), max(gap["lengths"][1] for gap in gaps)]
     if not trainer <= TOLERANCE:

@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**SCALED, **LINEAR, "mamba_n_heads": 8, "mamba_d_head": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "inkling_text": {"logits_mup_width_multiplier": 2.0},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
     "kimi_linear": {**LINEAR, "linear_head_dim": 8, "linear_num_heads": 4},
     "laguna": SLIDING,

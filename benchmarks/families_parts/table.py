@@ -1,6 +1,9 @@
 """The table of docs/models.md, from results."""
 
+import re
 from typing import Any
+
+from families_parts.judge import TOLERANCE
 
 BEGIN, END = "<!-- families: written by the command above -->", "<!-- end of families -->"
 Line = dict[str, Any]
@@ -39,16 +42,16 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def scored(line: Line) -> str:
     """How log-probabilities were computed, by the run's own notes."""
     notes = " ".join(line["notes"])
-    shape = "one row at a time" if "one row at a time" in notes else "padded" if "padded" in notes else "packed"
-    return f"{shape}, eager" if "eager" in notes else shape
+    told = {"micro-batch of its own": "row by row", "padded, not packed": "padded"}
+    rows = next((rows for note, rows in told.items() if note in notes), "packed")
+    return rows + (", eager" if "attention is eager" in notes else "")
 
 
 def sampled(line: Line) -> str:
-    """How responses were, by the run's own notes."""
-    notes = " ".join(line["notes"])
-    if "differ" in notes and "sampl" in notes:
-        return "differs, corrected"
-    return "without a cache" if "without a cache" in notes else "with a cache"
+    """How responses were, by the run's own notes, and whether their log-probabilities were the trainer's."""
+    way = re.search(r"is sampled ([^,:]+)", " ".join(line["notes"]))
+    other = "" if line["sampler_gap"] <= TOLERANCE else "; not used"
+    return (way[1] if way else "with a cache") + other
 
 
 def trained(line: Line) -> tuple[str, ...]:

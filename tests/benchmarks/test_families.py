@@ -152,7 +152,12 @@ def test_the_judge_sees_other_weights_and_other_numbers(trained_run: Path):
 
 
 GOOD = {"sampler": 1e-6, "trainer": 1e-6, "spread": 2.0, "lengths": (1, 40)}
-TOLD = ["warning: the sampler's log-probabilities differ from the trainer's by 0.3; they are computed again"]
+TOLD = ["warning: sampled token by token this model says other log-probabilities than in one pass over a text"]
+NOTES = [
+    "warning: this model's forward passes are padded, not packed (its attention is eager): each row takes longer",
+    "note: this model is sampled without a cache, every token at the price of the whole text before it: it has none",
+    *TOLD,
+]
 
 
 @pytest.mark.parametrize(
@@ -207,8 +212,10 @@ def test_what_takes_too_long_is_ended_with_all_it_started(tmp_path: Path, monkey
 
 def test_tables_hold_what_the_lines_say():
     line = {"family": "x", "layers": ["full_attention"], "notes": [], "sampler_gap": 1e-6, "trainer_gap": 2e-6}
-    lines = [line | {"outcome": "trained"}, {"family": "y", "outcome": "refused", "reason": "no a|b"}]
-    page = written(f"{BEGIN}{END}", lines)
-    assert "Of 2 families **1 train** and **1 are refused**; 0 do neither. 0 more" in page
+    slow = {"family": "z", "layers": ["linear_attention"], "notes": NOTES, "sampler_gap": 0.3, "trainer_gap": 2e-6}
+    refused = {"family": "y", "outcome": "refused", "reason": "no a|b"}
+    page = written(f"{BEGIN}{END}", [line | {"outcome": "trained"}, refused, slow | {"outcome": "trained"}])
+    assert "Of 3 families **2 train** and **1 are refused**; 0 do neither. 0 more" in page
     assert "| `x` | full | packed | with a cache | 1e-06 | 2e-06 |" in page
+    assert "| `z` | linear | padded, eager | without a cache; not used | 3e-01 | 2e-06 |" in page
     assert "| `y` | no a/b |" in page
