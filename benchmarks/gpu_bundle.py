@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-WHEELS = ("hydra-core", "omegaconf", "antlr4-python3-runtime", "math-verify", "latex2sympy2_extended")
+WHEELS = ("hydra-core", "omegaconf", "antlr4-python3-runtime")
 NEEDED_THERE = (
-    *("torch", "transformers", "peft", "numba", "safetensors", "accelerate", "typer", "rich", "matplotlib", "sympy"),
+    *("torch", "transformers", "peft", "numba", "safetensors", "accelerate", "typer", "rich", "matplotlib", "mpmath"),
     *("pyarrow", "pandas", "pytest"),
 )
 LIMIT = 64 * 2**20

@@ -23,6 +23,17 @@ def test_a_group_without_variance_is_exactly_zero_whatever_the_reward():
     assert zero_variance.all()
 
 
+def test_a_response_without_a_reward_is_as_if_its_group_had_never_had_it():
+    nan = math.nan
+    rewards = torch.tensor([1.0, nan, 0, 0, nan, 1, 1, nan, nan, nan, nan, 1, nan, nan, nan, nan])
+    for divide in (True, False):
+        got, zero_variance = group_normalised(rewards, 4, divide_by_std=divide)
+        alone, _ = group_normalised(torch.tensor([1.0, 0, 0]), 3, divide_by_std=divide)
+        assert got[[0, 2, 3]].tolist() == alone.tolist()
+        assert got[[1, *range(4, 16)]].tolist() == [0.0] * 13
+        assert zero_variance.tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize(("rewards", "size"), [(torch.zeros(4), 1), (torch.zeros(5), 2), (torch.zeros(2, 2), 2)])
 def test_bad_groups_are_refused(rewards, size):
     with pytest.raises(ValueError, match=r"group"):

@@ -3,12 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kpo_cli.rewards import Grader, Verdict
+from kpo_cli.rewards import Verdict, grade_batch
 from kpo_cli.rewards.extraction import extract
 from kpo_cli.rewards.normalize import LIMIT, RAW_LIMIT, normalize
 from kpo_cli.rewards.numbers import read_number
@@ -53,24 +52,18 @@ DIFFERENT = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def grader() -> Iterator[Grader]:
-    with Grader(workers=2, time_limit_s=20) as grader:
-        yield grader
-
-
-def boxed(grader: Grader, pairs: list[tuple[str, str]]) -> list[Verdict]:
+def boxed(pairs: list[tuple[str, str]]) -> list[Verdict]:
     """Verdicts on (gold, content of the box)."""
-    return grader.grade_batch([(f"So $\\boxed{{{answer}}}$.", gold) for gold, answer in pairs])
+    return grade_batch([(f"So $\\boxed{{{answer}}}$.", gold) for gold, answer in pairs])
 
 
-def test_same_answers_are_accepted(grader: Grader) -> None:
-    verdicts = boxed(grader, SAME)
+def test_same_answers_are_accepted() -> None:
+    verdicts = boxed(SAME)
     assert [pair for pair, verdict in zip(SAME, verdicts, strict=True) if not verdict.correct] == []
 
 
-def test_different_answers_are_refused(grader: Grader) -> None:
-    verdicts = boxed(grader, DIFFERENT)
+def test_different_answers_are_refused() -> None:
+    verdicts = boxed(DIFFERENT)
     assert [pair for pair, verdict in zip(DIFFERENT, verdicts, strict=True) if verdict.correct] == []
     assert not any(verdict.failed for verdict in verdicts)
 
@@ -111,22 +104,19 @@ def test_extraction_after_hashes(response: str, answer: str | None) -> None:
     assert extract(response, "hash") == answer
 
 
-def test_reasons(grader: Grader) -> None:
+def test_reasons() -> None:
     responses = ["7", "\\boxed{}", "\\boxed{7}", "\\boxed{8}", "\\boxed{14/2}", "\\boxed{os._exit(0)}", "\\boxed{@}"]
-    verdicts = grader.grade_batch([(response, "7") for response in responses])
+    verdicts = grade_batch([(response, "7") for response in responses])
     reasons = ["no_box", "empty", "exact", "different", "equivalent", "unparseable", "unparseable"]
     assert [verdict.reason for verdict in verdicts] == reasons
     assert [verdict.extracted for verdict in verdicts[:3]] == [None, "", "7"]
-    with Grader(answer_style="hash") as by_hash:
-        assert by_hash.grade_batch([("\\boxed{7}", "7"), ("so\n#### 7", "7")]) == [
-            Verdict(False, None, "no_answer"),
-            Verdict(True, "7", "exact"),
-        ]
+    by_hash = grade_batch([("\\boxed{7}", "7"), ("so\n#### 7", "7")], answer_style="hash")
+    assert by_hash == [Verdict(False, None, "no_answer"), Verdict(True, "7", "exact")]
 
 
-def test_absurd_lengths_are_not_parsed(grader: Grader) -> None:
+def test_absurd_lengths_are_not_parsed() -> None:
     long = ["x" * (RAW_LIMIT + 1), "1+" * LIMIT + "1", "9" * 20_000]
-    assert [verdict.reason for verdict in boxed(grader, [("7", answer) for answer in long])] == ["unparseable"] * 3
+    assert [verdict.reason for verdict in boxed([("7", answer) for answer in long])] == ["unparseable"] * 3
 
 
 def test_normal_form_is_stable() -> None:
@@ -147,11 +137,7 @@ def test_plain_numbers_are_exact() -> None:
 
 def test_bad_options_are_named() -> None:
     with pytest.raises(ValueError, match="answer_style"):
-        Grader(answer_style="last")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="workers"):
-        Grader(workers=0)
-    with pytest.raises(ValueError, match="time_limit_s"):
-        Grader(time_limit_s=0)
+        grade_batch([], answer_style="last")  # type: ignore[arg-type]
 
 
 def read_lines(path: Path) -> list[dict[str, str]]:
@@ -159,33 +145,33 @@ def read_lines(path: Path) -> list[dict[str, str]]:
 
 
 @needs_data
-def test_labelled_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "least"), [("cases", 0.99), ("round2", 0.95)])
+def test_labelled_cases(name: str, least: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cases = read_lines(DATA / "grader" / "cases.jsonl")
-    with Grader(workers=2) as grader:
-        verdicts = grader.grade_batch([(case["response"], case["gold"]) for case in cases])
-    right = sum(verdict.correct == case["correct"] for verdict, case in zip(verdicts, cases, strict=True))
-    assert right >= 0.98 * len(cases)
-    lost = [case["why"] for verdict, case in zip(verdicts, cases, strict=True) if verdict.failed and case["correct"]]
-    assert lost == []
+    cases = read_lines(DATA / "grader" / f"{name}.jsonl")
+    verdicts = grade_batch([(case["response"], case["gold"]) for case in cases])
+    graded = list(zip(cases, verdicts, strict=True))
+    assert [case for case, verdict in graded if verdict.correct and not case["correct"]] == []
+    assert [case for case, verdict in graded if verdict.failed] == []
+    assert sum(verdict.correct == case["correct"] for case, verdict in graded) >= least * len(cases)
     assert list(tmp_path.iterdir()) == []
 
 
 @needs_data
 @pytest.mark.parametrize("name", ["aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gsm8k"])
-def test_golds_against_themselves(grader: Grader, name: str) -> None:
+def test_golds_against_themselves(name: str) -> None:
     golds = [line["answer"] for line in read_lines(DATA / "benchmarks" / f"{name}.jsonl")]
     responses = [f"\\boxed{{{gold}}}" for gold in golds] + [f"\\boxed{{ \\displaystyle {gold} . }}" for gold in golds]
-    verdicts = grader.grade_batch(list(zip(responses, golds * 2, strict=True)))
+    verdicts = grade_batch(list(zip(responses, golds * 2, strict=True)))
     assert [gold for gold, verdict in zip(golds * 2, verdicts, strict=True) if not verdict.correct] == []
 
 
 @needs_data
-def test_scientific_golds_in_latex(grader: Grader) -> None:
+def test_scientific_golds_in_latex() -> None:
     golds = [line["answer"] for line in read_lines(DATA / "benchmarks" / "minerva.jsonl")]
     scientific = [gold for gold in golds if re.fullmatch(r"-?[\d.]+e-?\d+", gold)]
     assert len(scientific) == 58
     forms = [(gold, "{} \\times 10^{{{}}}".format(*gold.split("e"))) for gold in scientific]
-    assert all(verdict.correct for verdict in boxed(grader, forms))
+    assert all(verdict.correct for verdict in boxed(forms))
     shifted = [(gold, "{} \\times 10^{{{}1}}".format(*gold.split("e"))) for gold in scientific]
-    assert not any(verdict.correct for verdict in boxed(grader, shifted))
+    assert not any(verdict.correct for verdict in boxed(shifted))

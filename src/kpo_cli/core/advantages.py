@@ -10,7 +10,7 @@ class GroupAdvantages(NamedTuple):
     advantages: Tensor
     """(N,) float32, one a response."""
     zero_variance: Tensor
-    """(N / group_size,) bool: groups whose rewards are all equal; their advantages are exactly 0."""
+    """(N / group_size,) bool: groups whose known rewards are all equal; their advantages are exactly 0."""
 
 
 def group_normalised(
@@ -18,9 +18,10 @@ def group_normalised(
 ) -> GroupAdvantages:
     """A = (r - mean) / (std + epsilon) inside each group (GRPO, 2402.03300, section 4.1.2).
 
-    `rewards` (N,) holds whole groups, one after the other. The standard deviation is the sample one (n - 1), as in
-    the authors' code; `divide_by_std=False` leaves it out (Dr. GRPO, 2503.20783). A group without variance gets
-    exactly 0, not rounding noise over epsilon.
+    `rewards` (N,) holds whole groups, one after the other; NaN is a response of which nothing is known: it is left out
+    of its group's mean and standard deviation, and its advantage is 0. The standard deviation is the sample one
+    (n - 1), as in the authors' code; `divide_by_std=False` leaves it out (Dr. GRPO, 2503.20783). A group without
+    variance gets exactly 0, not rounding noise over epsilon.
     """
     if group_size < 2:
         raise ValueError(f"group_size={group_size} must be at least 2: an advantage is relative to the group")
@@ -30,8 +31,11 @@ def group_normalised(
         row = int((~rewards.isfinite()).nonzero()[0])
         raise ValueError(f"reward {row} is {float(rewards[row])}; a reward must be a finite number")
     groups = rewards.to(torch.float64).view(-1, group_size)
-    zero_variance = (groups == groups[:, :1]).all(-1)
-    centred = groups - groups.mean(-1, keepdim=True)
-    advantages = centred / (groups.std(-1, keepdim=True) + epsilon) if divide_by_std else centred
+    known = ~groups.isnan()
+    lowest, highest = groups.nan_to_num(torch.inf).amin(-1), groups.nan_to_num(-torch.inf).amax(-1)
+    zero_variance = lowest >= highest
+    centred = (groups - groups.nanmean(-1, keepdim=True)).nan_to_num(0.0)
+    variance = centred.square().sum(-1, keepdim=True) / (known.sum(-1, keepdim=True) - 1).clamp(min=1)
+    advantages = centred / (variance.sqrt() + epsilon) if divide_by_std else centred
     advantages = torch.where(zero_variance[:, None], 0.0, advantages)
     return GroupAdvantages(advantages.flatten().float(), zero_variance)

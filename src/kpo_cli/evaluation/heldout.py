@@ -18,18 +18,25 @@ class HeldoutResult:
     """Mean tokens of the greedy responses."""
     grader_failures: int
     """Responses that the grader failed on; they count as wrong."""
+    failed_greedy: float
+    """Their share among the greedy responses."""
+    failed_sampled: float
     samples: list[dict[str, Any]]
     """One row a problem: both responses, what was extracted, and the verdicts."""
     sampled: list[Response]
     """The sampled response to each problem."""
 
     def metrics(self) -> dict[str, float]:
-        return {
+        metrics = {
             "accuracy_greedy": self.accuracy_greedy,
             "accuracy_sampled": self.accuracy_sampled,
             "response_length_greedy": self.response_length_greedy,
             "eval_grader_failures": self.grader_failures,
         }
+        if self.grader_failures:
+            metrics["accuracy_greedy_if_right"] = self.accuracy_greedy + self.failed_greedy
+            metrics["accuracy_sampled_if_right"] = self.accuracy_sampled + self.failed_sampled
+        return metrics
 
 
 def evaluate_heldout(
@@ -49,8 +56,11 @@ def evaluate_heldout(
         for row, item in zip(rows, graded, strict=True):
             row[kind] = item
     length = sum(len(response.token_ids) for response in greedy) / len(greedy)
-    failures = sum(row[kind]["grader_failed"] for row in rows for kind in ("greedy", "sampled"))
-    return HeldoutResult(accuracy["greedy"], accuracy["sampled"], length, failures, rows, sampled)
+    failed = [sum(row[kind]["grader_failed"] for row in rows) for kind in ("greedy", "sampled")]
+    shares = [count / len(rows) for count in failed]
+    return HeldoutResult(
+        accuracy["greedy"], accuracy["sampled"], length, sum(failed), shares[0], shares[1], rows, sampled
+    )
 
 
 def _graded(

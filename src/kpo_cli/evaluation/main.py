@@ -192,7 +192,7 @@ def _settings(config: EvalConfig, asked: list[Asked], benchmarks: list[Benchmark
 
 def _grader() -> dict[str, Any]:
     versions = make_manifest()["versions"]
-    return {package: versions[package] for package in ("kpo-cli", "math-verify")}
+    return {package: versions[package] for package in ("kpo-cli", "mpmath")}
 
 
 def _hash(benchmark: Benchmark) -> str:
@@ -340,7 +340,10 @@ def _report(
         show(console, report.rich_table(title, head, rows))
     failed = sum(row["grader_failed"] for table in tables.values() for rows in table for row in rows)
     if failed:
-        say(console, f"warning: the grader failed on {counted(failed, 'sample')}; they count as wrong")
+        say(
+            console,
+            f"warning: the grader failed on {counted(failed, 'sample')}; wrong here; results.json says what if right",
+        )
     say(console, f"results.json, results.md, pass_at_k.png and samples.jsonl are in {path}")
 
 

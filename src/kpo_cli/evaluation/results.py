@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from kpo_cli.evaluation.rows import answer_table, correct_table
+from kpo_cli.evaluation.rows import answer_table, correct_table, failed_table
 from kpo_cli.intervals import accuracy as stats
 from kpo_cli.runs.samples import Row
 from kpo_cli.terminal import text_of
@@ -51,12 +51,26 @@ def summarise(table: list[list[Row]], seed: int) -> dict[str, Any]:
         "no_answer": _share(rows, lambda row: row["extracted"] is None),
         "unparseable": _share(rows, lambda row: row["reason"] == "unparseable"),
         "grader_failed": _share(rows, lambda row: row["grader_failed"]),
+        "if_failed_are_right": _if_right(table, seed),
         "accuracy_finished": _share(finished, lambda row: row["correct"]) if finished else None,
         "response_length": {
             "mean": float(lengths.mean()),
             **{f"p{q}": float(np.percentile(lengths, q)) for q in (10, 50, 90, 99)},
             "max": int(lengths.max()),
         },
+    }
+
+
+def _if_right(table: list[list[Row]], seed: int) -> dict[str, float] | None:
+    """The upper ends, where the grader failed: what the numbers would be if it had found those samples right."""
+    failed = failed_table(table)
+    if not failed.any():
+        return None
+    correct, n = correct_table(table) | failed, failed.shape[1]
+    return {
+        "avg_at_n": stats.avg_at_k(correct, seed).value,
+        "pass_at_n": stats.pass_at_k(correct, n, seed).value,
+        "maj_at_n": stats.majority(answer_table(table), correct, seed).value,
     }
 
 

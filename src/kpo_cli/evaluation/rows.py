@@ -46,6 +46,11 @@ def correct_table(table: list[list[Row]]) -> np.ndarray:
     return np.array([[row["correct"] for row in rows] for rows in table])
 
 
+def failed_table(table: list[list[Row]]) -> np.ndarray:
+    """(Q, n) booleans: the samples on which the grader failed, which are neither right nor wrong."""
+    return np.array([[row["grader_failed"] for row in rows] for rows in table])
+
+
 def answer_table(table: list[list[Row]]) -> list[list[str | None]]:
     """Normalised answers, None where there is none."""
     return [[None if row["extracted"] is None else normalize(row["extracted"]) for row in rows] for rows in table]

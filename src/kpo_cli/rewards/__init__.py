@@ -1,6 +1,6 @@
 """Verifiable rewards: finding the answer in a response and comparing it with the reference answer."""
 
-from kpo_cli.rewards.grader import Grader, grade_batch
+from kpo_cli.rewards.grader import grade_batch
 from kpo_cli.rewards.verdict import Verdict
 
-__all__ = ["Grader", "Verdict", "grade_batch"]
+__all__ = ["Verdict", "grade_batch"]

@@ -1,8 +1,8 @@
 r"""Expressions as trees: a reader of normalised LaTeX, and their values at points to high precision.
 
 Two expressions that differ at a point are different; two that agree to sixty digits at several generic points are the
-same, far more surely than a simplifier can tell in reasonable time. What the reader does not know (sums, integrals,
-matrices) is left to math-verify. Text is only ever split into tokens here: there is no evaluation of code anywhere.
+same, far more surely than a simplifier can tell in reasonable time. What the reader does not know makes no sense to
+the grader. Text is only ever split into tokens here: there is no evaluation of code anywhere.
 """
 
 import re
@@ -13,7 +13,8 @@ from functools import lru_cache
 from kpo_cli.rewards.normalize import GREEK_NAMES
 from kpo_cli.rewards.numbers import read_number
 
-MAX_DEPTH = 200
+# Far from where Python's own limit would decide, which depends on the caller.
+MAX_DEPTH = 100
 
 
 class NotRead(Exception):
@@ -22,7 +23,11 @@ class NotRead(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node of the tree: `op` is number, symbol, constant, add, mul, pow, call, or the name of a function."""
+    """A node of the tree: `op` is number, symbol, constant, add, mul, pow, or the name of a function.
+
+    Sums, products, integrals and limits bind `name`: their arguments are the body and the bounds, and the sign of a
+    limit's `value` is its side. A matrix has its cells as arguments and its width as `value`.
+    """
 
     op: str
     args: tuple["Node", ...] = ()
@@ -38,8 +43,11 @@ _TOKEN = re.compile(
 _FUNCTIONS = {
     "\\sin": "sin", "\\cos": "cos", "\\tan": "tan", "\\cot": "cot", "\\sec": "sec", "\\csc": "csc",
     "\\arcsin": "asin", "\\arccos": "acos", "\\arctan": "atan", "\\sinh": "sinh", "\\cosh": "cosh", "\\tanh": "tanh",
-    "\\ln": "ln", "\\log": "ln", "\\lg": "lg", "\\exp": "exp",
+    "\\coth": "coth", "\\arcsinh": "asinh", "\\arccosh": "acosh", "\\arctanh": "atanh", "\\sgn": "sgn", "\\erf": "erf",
+    "\\ln": "ln", "\\log": "ln", "\\lg": "lg", "\\exp": "exp", "\\Re": "re", "\\Im": "im", "\\det": "det",
 }  # fmt: skip
+_LIST_FUNCTIONS = {"\\min": "min", "\\max": "max", "\\gcd": "gcd", "\\lcm": "lcm"}
+_BINDERS = {"\\sum": "sum", "\\prod": "prod"}
 _INVERSES = {"sin": "asin", "cos": "acos", "tan": "atan"}
 _OTHER_SYMBOLS = (
     "hbar",
@@ -49,8 +57,6 @@ _OTHER_SYMBOLS = (
     "partial",
     "nabla",
     "aleph",
-    "Re",
-    "Im",
     "angle",
     "triangle",
     "Xi",
@@ -86,7 +92,11 @@ _STOPS = {
     "\\end",
     "\\cup",
     "\\setminus",
+    "\\to",
+    "\\above",
+    "\\below",
 }
+_SIDE = re.compile(r"\^ ?\{? ?([+-]) ?\}?(?= ?\})")
 _DERIVATIVE = re.compile(
     r"\\frac\{ ?d ?(?:\^\{ ?(?P<order>\d) ?\} ?)?(?P<of>\\?[A-Za-z]+(?:_\{[^{}]*\})?) ?\}"
     r"\{ ?d ?\\?[A-Za-z]+ ?(?:\^\{ ?\d ?\})? ?\}"
@@ -110,11 +120,17 @@ class Reader:
     def __init__(self, text: str) -> None:
         # Leibniz's, Newton's and Lagrange's derivatives are one notation here.
         text = _DERIVATIVE.sub(lambda m: rf"\deriv{{{m['order'] or 1}}}{{{m['of']}}}", text)
+        if "\\lim" in text:
+            text = _SIDE.sub(lambda m: "\\above" if m[1] == "+" else "\\below", text)
+        if any(name in text for name in _LIST_FUNCTIONS):
+            text = text.replace(",", ", ")  # those are no thousands
         self._tokens = [m for m in _TOKEN.finditer(text) if not m.group().isspace()]
         self._at = 0
         self._depth = 0
         self._bars = 0
         self._radians = bool(re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text))
+        self._index_i = bool(re.search(r"_\{ ?i ?=", text))
+        self._has_matrix = "matrix}" in text
 
     def read_all(self) -> Node:
         """The expression, which must end where the text does."""
@@ -142,11 +158,14 @@ class Reader:
         if not self._take(token):
             raise NotRead
 
-    def _sum(self) -> Node:
-        """Terms with signs between them."""
+    def _deeper(self) -> None:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise NotRead
+
+    def _sum(self) -> Node:
+        """Terms with signs between them."""
+        self._deeper()
         terms = []
         sign = 1
         while self._peek() in ("+", "-"):
@@ -169,6 +188,9 @@ class Reader:
             elif self._take("/"):
                 factors.append(_power_of(self._signed_power(), number(-1)))
             elif self._starts_factor():
+                if self._peek()[0] in "0123456789." and self._peek(-1)[-1] in "0123456789.":
+                    # Two numbers side by side are no product.
+                    raise NotRead
                 factors.append(self._power())
             else:
                 return factors[0] if len(factors) == 1 else Node("mul", tuple(factors))
@@ -200,22 +222,35 @@ class Reader:
     def _power(self) -> Node:
         """An atom with what may follow it: powers, factorials, primes, degrees, percent."""
         base = self._atom()
-        while True:
+        for _ in range(MAX_DEPTH):
             token = self._peek()
             if token == "^":
                 self._at += 1
                 if [self._peek(i) for i in range(3)] == ["{", "\\circ", "}"]:
                     self._at += 3
                     base = Node("mul", (base, Node("degree"))) if self._radians else base
+                elif self._transposes():
+                    base = Node("transpose", (base,))
                 else:
                     base = _power_of(base, self._argument())
             elif token == "!":
                 self._at += 1
-                base = Node("factorial", (base,))
+                base = Node("double_factorial" if self._take("!") else "factorial", (base,))
             elif token == "\\%":
                 self._at += 1
             else:
                 return base
+        raise NotRead
+
+    def _transposes(self) -> bool:
+        """Take the exponent of a transposed matrix, if that is what follows one."""
+        if self._peek(-2) != "}" or not self._has_matrix:
+            return False
+        for mark in (["{", "T", "}"], ["{", "\\top", "}"], ["\\top"]):
+            if [self._peek(i) for i in range(len(mark))] == mark:
+                self._at += len(mark)
+                return True
+        return False
 
     def _argument(self) -> Node:
         """A TeX argument: a group, or a single token."""
@@ -223,15 +258,22 @@ class Reader:
             node = self._sum()
             self._expect("}")
             return node
-        if self._peek() == "-":
-            self._at += 1
-            return _negated(self._argument(), -1)
-        return self._atom()
+        sign = 1
+        while self._take("-"):
+            sign = -sign
+        return _negated(self._atom(), sign)
 
     def _atom(self) -> Node:
         """A number, a symbol, a bracketed expression, or a command with its arguments."""
+        self._deeper()
         if self._at >= len(self._tokens):
             raise NotRead
+        node = self._opened()
+        self._depth -= 1
+        return node
+
+    def _opened(self) -> Node:
+        """An atom by its first token."""
         match = self._tokens[self._at]
         token = self._next()
         if match["number"] or match["repeating"]:
@@ -276,6 +318,16 @@ class Reader:
                 index = self._sum()
                 self._expect("]")
             return Node("root", (self._argument(), index))
+        if token in _LIST_FUNCTIONS:
+            return Node(_LIST_FUNCTIONS[token], self._list())
+        if token in _BINDERS:
+            return self._bound(_BINDERS[token])
+        if token == "\\int":
+            return self._integral()
+        if token == "\\lim":
+            return self._limit()
+        if token == "\\begin":
+            return self._matrix()
         if token == "\\text":
             return Node("symbol", name=f"text:{self._raw_group()}")
         if token == "\\deriv":
@@ -285,6 +337,82 @@ class Reader:
             name = "D" * (1 if token == "\\dot" else 2) + ":" + self._raw_group()
             return self._applied(name + ("_" + self._raw_group() if self._take("_") else ""))
         raise NotRead
+
+    def _list(self) -> tuple[Node, ...]:
+        """Arguments with commas between them, in any brackets."""
+        closed = {"(": ")", "\\{": "\\}", "[": "]"}.get(self._next(), "")
+        items = [self._sum()]
+        while self._take(","):
+            items.append(self._sum())
+        self._expect(closed)
+        return tuple(items)
+
+    def _bound(self, op: str) -> Node:
+        r"""A sum or product over an index: `\sum_{k=1}^{n} k`."""
+        for token in ("_", "{"):
+            self._expect(token)
+        name = self._next()
+        self._expect("=")
+        low = self._sum()
+        for token in ("}", "^"):
+            self._expect(token)
+        high = self._argument()
+        return Node(op, (self._product(), low, high), name=_unknown(name))
+
+    def _integral(self) -> Node:
+        r"""A definite integral up to its differential: `\int_{0}^{1} x dx`."""
+        self._expect("_")
+        low = self._argument()
+        self._expect("^")
+        high = self._argument()
+        depth, end = 0, self._at
+        while end < len(self._tokens):
+            token = self._tokens[end].group()
+            depth += (
+                1 if token in _CLOSING and token != "|" else -1 if token in _CLOSING.values() and token != "|" else 0
+            )
+            if token == "d" and not depth and end + 1 < len(self._tokens) and self._tokens[end + 1].group().isalpha():
+                break
+            end += 1
+        else:
+            raise NotRead
+        rest, self._tokens = self._tokens[end:], self._tokens[:end]
+        body = number(1) if self._at == end else self._sum()
+        if self._at != end:
+            raise NotRead
+        self._tokens = self._tokens + rest
+        self._at = end + 2
+        return Node("integral", (body, low, high), name=_unknown(rest[1].group()))
+
+    def _limit(self) -> Node:
+        r"""A limit, from one side or both: `\lim_{x \to 0^{+}} x`."""
+        for token in ("_", "{"):
+            self._expect(token)
+        name = self._next()
+        self._expect("\\to")
+        target = self._sum()
+        side = Fraction(1 if self._take("\\above") else -1 if self._take("\\below") else 0)
+        self._expect("}")
+        return Node("limit", (self._product(), target), value=side, name=_unknown(name))
+
+    def _matrix(self) -> Node:
+        """A matrix or determinant, cell by cell."""
+        kind = self._raw_group()
+        if not kind.endswith("matrix"):
+            raise NotRead
+        rows: list[list[Node]] = [[]]
+        while not self._take("\\end"):
+            rows[-1].append(self._sum())
+            if self._take("\\cr"):
+                rows.append([])
+            elif self._peek() != "\\end":
+                self._expect("&")
+        self._raw_group()
+        rows = [row for row in rows if row]
+        if not rows or len({len(row) for row in rows}) != 1:
+            raise NotRead
+        node = Node("matrix", tuple(cell for row in rows for cell in row), value=Fraction(len(rows[0])))
+        return Node("det", (node,)) if kind == "vmatrix" else node
 
     def _raw_group(self) -> str:
         """The text of a group, or a single token, as it stands."""
@@ -305,7 +433,7 @@ class Reader:
         name = f"{token}{{{self._raw_group()}}}" if token in _ACCENTS else token
         if self._take("_"):
             name += "_" + self._raw_group()
-        elif token in ("e", "i") and self._peek() != "'":
+        elif token in ("e", "i") and self._peek() != "'" and not (token == "i" and self._index_i):
             return Node("constant", name=token)
         primes = 0
         while self._take("'"):
@@ -315,6 +443,10 @@ class Reader:
     def _applied(self, name: str) -> Node:
         """The symbol, or its application to an argument as one unknown: `f(2)`, `I(0)`."""
         letter = name.rpartition(":")[2].partition("_")[0]
+        if name == "\\zeta" and self._peek() == "(" and self._peek(1).isdigit():
+            return Node("zeta", (self._bracketed(self._next()),))
+        if name == "C" and self._peek() == "(" and self._peek(2) == ",":
+            return Node("binomial", self._list())
         if self._peek() == "(":
             inside = self._peek(1)
             if letter in _FUNCTION_LETTERS or (inside.isdigit() and self._peek(2) == ")"):
@@ -388,16 +520,21 @@ def _power_of(base: Node, exponent: Node) -> Node:
     return Node("pow", (base, exponent))
 
 
+def _unknown(token: str) -> str:
+    """The name of a variable that something binds."""
+    if not re.fullmatch(r"[A-Za-z]|\\[A-Za-z]+", token):
+        raise NotRead
+    return token
+
+
 def symbols(node: Node) -> frozenset[str]:
-    """The names of the unknowns in an expression."""
-    found: set[str] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current.op == "symbol":
-            found.add(current.name)
-        stack.extend(current.args)
-    return frozenset(found)
+    """The names of the unknowns in an expression, without those that it binds."""
+    if node.op == "symbol":
+        return frozenset({node.name})
+    found = frozenset[str]().union(*map(symbols, node.args))
+    if node.op in ("sum", "prod", "integral", "limit"):
+        return (symbols(node.args[0]) - {node.name}).union(*map(symbols, node.args[1:]))
+    return found
 
 
 def operations(node: Node) -> frozenset[str]:

@@ -12,6 +12,11 @@ _TOKEN = re.compile(r"\\(?:boxed|fbox)\s{0,8}(?:(?P<open>\{)|(?P<single>[0-9A-Za
 _LAYOUT = r"(?:[\s$*&]|\\[,;:!\[\]()]|\\q?quad)*"
 _JOINT = re.compile(rf"{_LAYOUT}(?:[,;]|\\text\s?\{{\s*(?:and|or)\s*\}}|and|or|,\s*and|,\s*or){_LAYOUT}")
 _JOINT_LENGTH = 80
+# What ends a turn in the templates of common models: nothing behind it was said to the user.
+_END = re.compile(
+    r"<\|(?:im_end|endoftext|end_of_text|eot_id|eom_id|end|return|end_of_turn|eos)\|>|</s>|<eos>|<end_of_turn>"
+    r"|<｜end▁of▁sentence｜>"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,9 @@ class Box:
 
 
 def after_thinking(response: str) -> str:
-    """The part of a response that speaks to the user: nothing if the thinking never ended."""
+    """The part of a response that speaks to the user, up to the end of its turn: nothing in unended thinking."""
+    end = _END.search(response)
+    response = response[: end.start()] if end else response
     _, tag, tail = response.rpartition("</think>")
     if tag:
         return tail

@@ -8,6 +8,9 @@ calling process.
 import re
 import unicodedata
 
+from kpo_cli.rewards.units import LETTERS
+from kpo_cli.rewards.words import AND, OR, mark_words
+
 # Longer than this, as written, an answer is not looked at; the second limit holds once padding has been removed.
 RAW_LIMIT = 200_000
 LIMIT = 3_000
@@ -22,6 +25,10 @@ _SYMBOLS = {
     "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∖": r"\setminus ",
     "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
     "ℂ": r"\mathbb{C}", "°": r"^{\circ}", "′": "'", "’": "'", "→": r"\to ", "ℏ": r"\hbar ",
+    "∛": r"\sqrt[3] ", "∜": r"\sqrt[4] ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
+    "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "∣": "|", "″": '"', "”": '"', "“": '"', "≡": r"\equiv ",
+    "〈": r"\langle ", "〉": r"\rangle ",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "，": ",", "；": ";", "∧": f" {AND} ", "∨": f" {OR} ",
 }  # fmt: skip
 _GREEK = {
     "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
@@ -41,16 +48,43 @@ _LAYOUT = re.compile(
     r"\\(?:left|right)\s*\.|\\(?:left|right|middle|[bB]ig{1,2}[lrm]?|displaystyle|textstyle|scriptstyle|limits"
     r"|nolimits|boldsymbol|bm|ensuremath|mathstrut|strut|hfill|hline|tiny|small|large|Large|rm|bf|it)(?![A-Za-z])"
 )
-_SPACING = re.compile(r"\\[,;:!> \n]|\\(?:q?quad|hspace\*?\{[^{}]*\}|thinspace|space|phantom\{[^{}]*\})(?![A-Za-z])|~")
-_THIN_THOUSANDS = re.compile(r"(?<=\d)\s?(?:\{,\}|,\s?\\!|\\!\s?,|\\,)\s?(?:\\!\s?)?(?=\d{3}(?!\d))")
-_COLOUR = re.compile(r"\\(?:text)?color\s?\{[^{}]*\}|\\(?:cancel|underline|mathstrut)(?=\s?\{)")
-_TEXT_COMMANDS = re.compile(
-    r"\\(?:text(?:normal|bf|it|rm|sf|tt|up|md|sc|sl)?|mbox|hbox|math(?:rm|bf|it|sf|tt|normal|up)|operatorname\*?)\s?\{"
+_SPACING = re.compile(
+    r"\\[,;:!> \n]|\\(?:q?quad|hspace\*?\{[^{}]*\}|thinspace|space)(?![A-Za-z])|\\[hv]?phantom\{[^{}]*\}|~"
 )
-# A single upright letter is a symbol, except after a number, where it is a unit.
-_LETTER = re.compile(r"(?<![\d})\s])\\text\{([A-Za-z])\}")
+# A wide space between two equations is a comma.
+_WIDE = re.compile(
+    r"(?<=[^,;])(?:\s|\\\s|&)*(?:\\q?quad(?![A-Za-z])|\\\\)(?:\s|\\\s|&)*(?=[^=<>]{1,40}(?:[=<>]|\\[lg]eq?))"
+)
+_THIN_THOUSANDS = re.compile(r"(?<=\d)\s?(?:\{,\}|,\s?\\!|\\!\s?,|\\,)\s?(?:\\!\s?)?(?=\d{3}(?!\d))")
+_COLOUR = re.compile(
+    r"\\(?:text)?color\s?\{[^{}]*\}|\\colorbox\s?\{[^{}]*\}|\\fcolorbox\s?\{[^{}]*\}\s?\{[^{}]*\}|\\(?:cancel|underline|mathstrut)(?=\s?\{)"
+)
+_TEXT_COMMANDS = re.compile(
+    r"\\(?:text(?:normal|bf|it|rm|sf|tt|up|md|sc|sl)?|mbox|hbox|math(?:rm|bf|it|sf|tt|normal|up))\s?\{"
+)
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d.]\d| ?\d)")
+# A single upright letter is a symbol, except after a number, where most are units.
+_LETTER = re.compile(r"(?P<before>[\d})\s]?)\\text\{ ?(?P<letter>[A-Za-z]) ?\}")
+_SCIENTIFIC = re.compile(r"(?<=\d)\s?\\text\{ ?(?:[eE] ?\}\s?\{ ?([+-]?\d+) ?\}|E ?\}\s?([+-]?\d+))")
 _BOXES = re.compile(r"\\(?:boxed|fbox)\s?\{")
-_FUNCTIONS = "sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan"
+_FUNCTIONS = (
+    "sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan|sinh|cosh|tanh|coth|arcsinh|arccosh|arctanh|max|min|gcd|lcm"
+    "|det|sgn|erf|lim"
+)
+_OTHER_NAMES = {
+    "asin": "arcsin", "acos": "arccos", "atan": "arctan", "arsinh": "arcsinh", "arcosh": "arccosh", "artanh": "arctanh",
+    "sign": "sgn", "tg": "tan", "ctg": "cot", "arctg": "arctan", "mod": "bmod",
+}  # fmt: skip
+_NAMED = re.compile(
+    rf"\\(?:operatorname\*?|text(?=\s?\{{[^{{}}]*\}}\s?[(_^]|\s?\{{(?!min|max|mod)[^{{}}]*\}}\s?[\dA-Za-z\\]))"
+    rf"\s?\{{ ?({_FUNCTIONS}|{'|'.join(_OTHER_NAMES)}|Re|Im) ?\}}"
+)
+
+
+def _half_day(match: re.Match[str]) -> str:
+    return rf"\text{{{match[1].lower()}m}}"
+
+
 _ALIASES = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(?:leqslant|leq|le)(?![A-Za-z])|<=|=<"), r"\\le "),
@@ -70,17 +104,37 @@ _ALIASES = (
     (re.compile(r"\\(?:colon)(?![A-Za-z])"), ":"),
     (re.compile(r"\\(?:backslash|smallsetminus)(?![A-Za-z])"), r"\\setminus "),
     (re.compile(r"\\(?:R|reals|Reals)(?![A-Za-z])|\\mathbf\s?\{R\}|\\mathbb\s?R"), r"\\mathbb{R}"),
+    (re.compile(r"\\mathbb\s?([ZNQC])"), r"\\mathbb{\1}"),
+    (re.compile(r"\{:\}"), ":"),
     (re.compile(r"\\varepsilon(?![A-Za-z])"), r"\\epsilon "),
     (re.compile(r"\\varphi(?![A-Za-z])"), r"\\phi "),
-    (re.compile(r"\\(?:lor|vee)(?![A-Za-z])|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"), ","),
+    (re.compile(r"\\(?:land|wedge)(?![A-Za-z])"), AND),
+    (re.compile(r"\\(?:lor|vee)(?![A-Za-z])"), OR),
+    (re.compile(r"\\(?:l|r)angle(?![A-Za-z])"), lambda m: "(" if m[0][1] == "l" else ")"),
+    (re.compile(r"\\(?:rightarrow|longrightarrow)(?![A-Za-z])"), r"\\to "),
+    (re.compile(r"\\(?:arcsinh|arsinh)(?![A-Za-z])"), r"\\arcsinh "),
+    (re.compile(r"\\tg(?![A-Za-z])"), r"\\tan "),
     (re.compile(r"\^\s?\{?\s?(?:\\circ|\\degree)(?![A-Za-z])\s?\}?|\\degree(?![A-Za-z])"), r"^{\\circ}"),
     (re.compile(r"\^\s?\{\s?(?:\\prime\s?)+\}|\^\s?\\prime(?![A-Za-z])"), lambda m: "'" * m[0].count("prime")),
     (re.compile(r"(?<![A-Za-z\\])(?:infinity|infty|inf)(?![A-Za-z])"), r"\\infty "),
     (re.compile(rf"(?<![A-Za-z\\])(sqrt|pi|{_FUNCTIONS})(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"(?<![A-Za-z])np\s?\.\s?"), ""),
     (re.compile(r"\\?%|(?<![A-Za-z])(?:percentage|percent|pct)(?![A-Za-z])"), r"\\% "),
-    (re.compile(r"\\sqrt\s?\(([^()]*)\)"), r"\\sqrt{\1}"),
-    (re.compile(rf"\\operatorname\*?\s?\{{({_FUNCTIONS})\}}"), r"\\\1 "),
+    (re.compile(r"\\sqrt\s?(\[\d\])?\s?\(([^()]*)\)"), r"\\sqrt\1{\2}"),
+    (re.compile(r"\\textcircled\s?\{?(\d)\}?"), r"\\text{(\1)}"),
+    # Combinations in their many notations.
+    (re.compile(r"\{\}\s?[_^]\s?\{?(\w+)\}?\s?C\s?_\s?\{?(\w+)\}?"), r"\\binom{\1}{\2}"),
+    (re.compile(r"(?<![A-Za-z])C\s?_\s?\{?(\d+)\}?\s?\^\s?\{?(\d+)\}?(?!\d)"), r"\\binom{\1}{\2}"),
+    (re.compile(r"(?<![A-Za-z])C\s?\^\s?\{?(\d+)\}?\s?_\s?\{?(\d+)\}?(?!\d)"), r"\\binom{\2}{\1}"),
+    (re.compile(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}"), r"\\binom{\1}{\2}"),
+    (re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\(?\s?\\(?:pmod|bmod|mod|pod)(?![A-Za-z])\s?\{?\s?([0-9A-Za-z]+)\s?\}?(?:\s?\))?"), r"\\pmod{\1}"),
+    (re.compile(r"\(\s?mod\s?(\w+)\s?\)"), r"\\pmod{\1}"),
+    (re.compile(r"(?<=\d)\s?\{,\}\s?(?=\d)"), "."),
+    (re.compile(r"\{([^{}]*)\}\s?\^\s?(?:T|\\top|\\text\{T\})(?![A-Za-z])"), r"{\1}^{T}"),
+    # Times of day.
+    (re.compile(r"(?i)(?<=\d)\s?(?:\\text\{\s*)?([ap])\.\s?m\.?(?:\s*\})?(?![A-Za-z])"), _half_day),
+    (re.compile(r"(?i)(?<=:\d\d)\s?(?:\\text\{\s*)?([ap])m(?:\s*\})?(?![A-Za-z])"), _half_day),
 )  # fmt: skip
 _TOKEN_ARGUMENT = r"([0-9A-Za-z]|\\(?:pi|alpha|beta|gamma|theta|omega|lambda|mu|sigma|tau)(?![A-Za-z]))"
 _FRAC_TWO = re.compile(rf"\\(frac|binom)\s?{_TOKEN_ARGUMENT}\s?{_TOKEN_ARGUMENT}")
@@ -90,6 +144,34 @@ _SQRT = re.compile(rf"\\sqrt\s?(\[[^\[\]]*\])?\s?{_TOKEN_ARGUMENT}")
 _SCRIPT = re.compile(r"([\^_])\s?(-?\d+|[A-Za-z])")
 
 _SCRIPTS_SWAPPED = re.compile(r"\^(\{[^{}]*\})\s?_(\{[^{}]*\})")
+
+
+def _letter(match: re.Match[str]) -> str:
+    """A single upright letter: a unit after a number if it can be one, else a symbol."""
+    unit = match["before"] and match["letter"] in LETTERS
+    return match[0] if unit else match["before"] + match["letter"]
+
+
+def _cycle(match: re.Match[str]) -> str:
+    r"""A repeating decimal with dots over the ends of its cycle, or with an ellipsis after it, in one notation."""
+    if match["first"]:
+        cycle = match["first"] + (match["between"] or "") + (match["last"] or "")
+        return rf"{match['whole']}.{match['head']}\overline{{{cycle}}}"
+    digits = match["digits"]
+    for length in range(1, len(digits) // 2 + 1):
+        for start in range(len(digits) - 2 * length + 1):
+            tail = digits[start:]
+            cycle = tail[:length]
+            if len(tail) >= max(3, 2 * length) and tail == (cycle * len(tail))[: len(tail)]:
+                return rf"{match['shown']}.{digits[:start]}\overline{{{cycle}}}"
+    return match[0]
+
+
+_REPEATING = re.compile(
+    r"(?<![\d.])(?:(?P<whole>\d*)\.(?P<head>\d{0,20})\\dot\s?\{?\s?(?P<first>\d)\s?\}?(?:(?P<between>\d{0,40})\\dot\s?\{?\s?(?P<last>\d)\s?\}?(?!\d))?"
+    r"|(?P<shown>\d{1,20})\.(?P<digits>\d{3,40})\s?(?:\\[lcd]?dots(?![A-Za-z])|\.\.\.)(?![\s]?[\d+]))"
+)
+_PAREN_CYCLE = re.compile(r"(?<![\d.])(\d+)\.\((\d+)\)")
 
 
 def fold_unicode(text: str) -> str:
@@ -104,6 +186,8 @@ def fold_unicode(text: str) -> str:
             out.append("^{" + _SUPERSCRIPTS[char] + "}")
         elif char in _SUBSCRIPTS:
             out.append("_{" + _SUBSCRIPTS[char] + "}")
+        elif "①" <= char <= "⑳":
+            out.append(rf"\text{{({ord(char) - ord('①') + 1})}}")
         elif char.isascii():
             out.append(char)
         elif unicodedata.category(char) == "Cf":
@@ -207,18 +291,33 @@ def normalize(raw: str) -> str | None:
     text = text.replace(r"\$", "").replace("$", " ")
     text = re.sub(r"^(?:\*\*|__)(.*?)(?:\*\*|__)$", r"\1", text).replace("**", "^")
     text = _THIN_THOUSANDS.sub("", text)
-    text = _SPACING.sub(" ", text)
+    text = _SPACING.sub(" ", _WIDE.sub(" , ", text))
+    text = _SPACED_THOUSANDS.sub(lambda m: m[0].replace(" ", ""), text)
     text = _unwrap(text, _BOXES, "")
     text = _COLOUR.sub("", text)
     text = _peel_text(_unwrap(text, _TEXT_COMMANDS, "\\text{"))
-    text = _LETTER.sub(r"\1", text)
+    text = _SCIENTIFIC.sub(lambda m: f"e{m[1] or m[2]}", text)
+    text = _NAMED.sub(lambda m: f"\\{_OTHER_NAMES.get(m[1], m[1])} ", text)
+    text = _LETTER.sub(_letter, text)
     for pattern, replacement in _ALIASES:
         text = pattern.sub(replacement, text)
+    text = _PAREN_CYCLE.sub(r"\1.\\overline{\2}", _REPEATING.sub(_cycle, text))
+    text = mark_words(text)
     text = _brace_arguments(text)
     text = re.sub(r"\\text\{\s*,?\s*\}", ",", text)
-    text = re.sub(r"\s+", " ", text).strip(" ,;:&").rstrip(" .,;:&")
-    text = peel_brackets(text)
+    text = re.sub(r"\s+", " ", text).strip(f" :&{_SEPARATORS}").rstrip(f" .:&{_SEPARATORS}")
+    text = _french(peel_brackets(text))
     return text if len(text) <= LIMIT else None
+
+
+_FRENCH = re.compile(r"([\[\]])([^\[\]()]*?[,;][^\[\]()]*)([\[\]])")
+
+
+def _french(text: str) -> str:
+    """Intervals with their brackets turned outwards where they are open: `]0,1[`."""
+    if not re.match(r"\]|\[[^\[\]]*\[", text):
+        return text
+    return _FRENCH.sub(lambda m: ("(" if m[1] == "]" else "[") + m[2] + (")" if m[3] == "[" else "]"), text)
 
 
 def _rows(text: str) -> str:
@@ -245,6 +344,7 @@ def peel_brackets(text: str) -> str:
     return inner
 
 
+_SEPARATORS = f",;{AND}{OR}"
 _OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 _BRACKET = re.compile(r"\\[{}]|\\.|[()\[\]{}]|\\begin|\\end")
 
@@ -268,12 +368,12 @@ def matching_brackets(text: str) -> dict[int, int]:
 def has_top_level_comma(text: str) -> bool:
     """True if a comma or semicolon stands outside all brackets."""
     depth = 0
-    for token in re.finditer(r"\\[{}]|\\.|[()\[\]{},;]", text):
+    for token in re.finditer(rf"\\[{{}}]|\\.|[()\[\]{{}}{_SEPARATORS}]", text):
         kind = token.group()
         if kind in ("(", "[", "{", "\\{"):
             depth += 1
         elif kind in (")", "]", "}", "\\}"):
             depth -= 1
-        elif kind in ",;" and depth == 0:
+        elif kind in _SEPARATORS and depth == 0:
             return True
     return False

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-FAILURES = frozenset({"timeout", "memory", "crashed"})
+FAILURES = frozenset({"limit", "timeout", "error"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,7 +10,7 @@ class Verdict:
     """The grade of one response.
 
     `extracted` is the answer as the response wrote it (None if it gave none) and `reason` one machine-readable
-    word. A grader failure is never `correct`, and `failed` tells it apart from a wrong answer.
+    word. A failure of the grader is never `correct`, and is not a wrong answer either: see `failed`.
     """
 
     correct: bool
@@ -21,3 +21,8 @@ class Verdict:
     def failed(self) -> bool:
         """True if the grader itself failed on this answer, so that nothing is known about it."""
         return self.reason in FAILURES
+
+    @property
+    def reward(self) -> float:
+        """1 for a right answer, 0 for a wrong one, NaN where nothing is known."""
+        return float("nan") if self.failed else float(self.correct)

@@ -22,7 +22,7 @@ from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 from kpo_cli.errors import UserError
 from kpo_cli.runs.formats import RUN, unreadable
 
-PACKAGES = ("kpo-cli", "torch", "transformers", "tokenizers", "safetensors", "numpy", "hydra-core", "math-verify")
+PACKAGES = ("kpo-cli", "torch", "transformers", "tokenizers", "safetensors", "numpy", "hydra-core", "mpmath")
 
 SUPERVISED = "supervised.jsonl"
 """The metrics of the supervised phase before RL."""

@@ -7,6 +7,7 @@
 It departs from textbook GRPO in one way only: which objective is used is a matter of configuration.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,7 +168,7 @@ def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str
     if job.updater.watched and not job.updater.trusted:
         metrics["sampler_distrusted"] = 1
     if config.overlong_buffer:
-        metrics["shaped_reward_mean"] = float(shaped.mean())
+        metrics["shaped_reward_mean"] = float(shaped.nanmean())
     times = clock.times()
     return metrics | {"tokens_per_second": metrics["response_tokens"] / times["time_step"], **times}, batch, record
 
@@ -178,11 +179,12 @@ class Group(NamedTuple):
     prompt: Prompt
     responses: list[Response]
     rewards: list[float]
+    """NaN where the grader failed: such a response teaches nothing."""
 
     @property
     def flat(self) -> bool:
-        """All rewards equal: the group's advantages are 0."""
-        return len(set(self.rewards)) == 1
+        """All known rewards equal: the group's advantages are 0."""
+        return len({reward for reward in self.rewards if not math.isnan(reward)}) < 2
 
 
 def _sample(job: Training, progress: Progress, clock: "Clock", display: Display) -> tuple[list[Group], dict[str, Any]]:
@@ -208,7 +210,7 @@ def _sample(job: Training, progress: Progress, clock: "Clock", display: Display)
         display.phase("grading")
         with clock("reward"):
             verdicts = _grade(job, prompts, responses)
-        rewards = np.array([float(verdict.correct) for verdict in verdicts]).reshape(len(prompts), -1).tolist()
+        rewards = np.array([verdict.reward for verdict in verdicts]).reshape(len(prompts), -1).tolist()
         pool += map(Group, prompts, responses, rewards)
         failures += sum(verdict.failed for verdict in verdicts)
         rollouts += 1
@@ -235,11 +237,12 @@ def _sampling(job: Training) -> Iterator[None]:
 def _sampling_metrics(pool: list[Group]) -> dict[str, Any]:
     """Of everything that was sampled, before dynamic sampling chooses: else its rewards would flatter."""
     rewards = np.array([reward for group in pool for reward in group.rewards])
+    rewards = rewards[~np.isnan(rewards)]
     responses = [response for group in pool for response in group.responses]
     lengths = np.array([len(response.token_ids) for response in responses])
     return {
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std(ddof=1)),
+        "reward_mean": float(rewards.mean()) if rewards.size else math.nan,
+        "reward_std": float(rewards.std(ddof=1)) if rewards.size > 1 else math.nan,
         "zero_variance_fraction": sum(group.flat for group in pool) / len(pool),
         "response_length_mean": float(lengths.mean()),
         "truncated_fraction": sum(not response.finished for response in responses) / len(responses),

@@ -144,7 +144,7 @@ def _response(batch: Ratios, row: int, values: dict[str, Any], decoder: Decoder 
         "prompt": None,
     }
     for name, array in (("reward", batch.rewards), ("advantage", batch.advantages)):
-        entry[name] = None if array is None else float(f"{float(array[row]):.3g}")
+        entry[name] = None if array is None or np.isnan(array[row]) else float(f"{float(array[row]):.3g}")
     if batch.old_log_probs is not None:
         entry["p"] = _short(np.exp(batch.old_log_probs[row, used]))
     if batch.entropy is not None:
