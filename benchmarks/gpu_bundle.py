@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 WHEELS = ("hydra-core", "omegaconf", "antlr4-python3-runtime", "math-verify", "latex2sympy2_extended")
 NEEDED_THERE = (
     *("torch", "transformers", "peft", "numba", "safetensors", "accelerate", "typer", "rich", "matplotlib", "sympy"),
-    *("pyarrow", "pandas", "pytest"),
+    *("pyarrow", "pandas", "pytest", "scipy"),
 )
 LIMIT = 64 * 2**20
 """Bytes; what a small courier takes."""

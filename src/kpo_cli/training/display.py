@@ -16,7 +16,7 @@ from rich.progress import (
 from rich.table import Table
 
 from kpo_cli.core import kalman_meaning
-from kpo_cli.intervals.accuracy import wilson
+from kpo_cli.intervals.accuracy import proportion
 from kpo_cli.terminal import make_console, say, show
 
 SILENCE = 60.0
@@ -166,5 +166,5 @@ def result_table(summary: dict[str, Any]) -> Table:
 
 
 def _with_interval(share: float, count: int) -> str:
-    low, high = wilson(share, count)
+    low, high = proportion(share, count)
     return f"{share:.3f} [{low:.3f}, {high:.3f}]"
