@@ -2,7 +2,7 @@
 
     python benchmarks/intervals.py [--quick] [--write]
 
-Problems and runs are made up, so that the truth is known. Two minutes on one core; --quick shows noise in 15 seconds.
+Problems and runs are made up, so that the truth is known. Minutes on one core; --quick is for a look and shows noise.
 --write puts the tables into docs/claims.md, between the markers of this command.
 """
 

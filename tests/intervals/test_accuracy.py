@@ -155,6 +155,7 @@ def test_where_few_problems_differ_nothing_is_said_to_be_detectable():
     few = s.paired(d, np.zeros(30), 16, 0)
     assert few.p_value > 0.05
     assert math.isnan(few.detectable)
+    assert math.isnan(s.paired(np.full(30, 0.5), np.full(30, 0.25), 16, 0).detectable)  # no spread to go by
 
 
 def test_majority_by_hand():
