@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 WHEELS = ("hydra-core", "omegaconf", "antlr4-python3-runtime")
 NEEDED_THERE = (
     *("torch", "transformers", "peft", "numba", "safetensors", "accelerate", "typer", "rich", "matplotlib", "mpmath"),
-    *("pyarrow", "pandas", "pytest"),
+    *("pyarrow", "pandas", "pytest", "scipy"),
 )
 LIMIT = 64 * 2**20
 """Bytes; what a small courier takes."""

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from kpo_cli.analysis.config import analyze_config
 from kpo_cli.cli.compose import conf_dir
 
-QUICK = ("nulls.draws=20", "nulls.tokens=2000", "bootstrap=40", "time_constants=[]")
+QUICK = ("nulls.draws=20", "nulls.tokens=2000", "time_constants=[]")
 
 
 def raw_config(*overrides):

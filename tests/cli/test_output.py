@@ -63,7 +63,7 @@ def test_a_locale_without_umlauts(odd: Path, run_kpo, small: list[str], tmp_path
     for command in (
         ["train", *small, *arguments],
         ["eval", "a", "benchmarks=[in.jsonl]", "eval.n=1", "eval.temperature=0", "eval.max_tokens=8", "run_dir=e"],
-        ["analyze", "a", "bootstrap=0", "nulls.draws=0", "report=false"],
+        ["analyze", "a", "nulls.draws=0", "report=false"],
     ):
         result = run_kpo(*command, cwd=tmp_path, env=ASCII)
         assert (result.code, result.err) == (0, "")

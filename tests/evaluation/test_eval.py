@@ -61,6 +61,12 @@ def test_results_follow_from_the_samples(tmp_path):
     assert {"config.yaml", "manifest.json", "results.md", "pass_at_k.png"} <= {
         p.name for p in (tmp_path / "e").iterdir()
     }
+    prompts = [json.loads(line) for line in (tmp_path / "e" / "prompts.jsonl").read_text().splitlines()]
+    assert [(row["subject"], row["benchmark"], row["place"]) for row in prompts] == [
+        ("checkpoint", "arithmetic", i) for i in range(6)
+    ]
+    assert len({row["prompt"] for row in prompts}) == 6
+    assert {row["id"] for row in prompts} == {row["id"] for row in samples}
     settings = results["settings"]
     assert settings["checkpoint"]["weights"]["path"] == "built in"
     assert settings["sampling"]["temperature"] == 1.0
@@ -268,6 +274,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(overrides, message, tmp_path):
         evaluate(tmp_path / "e", "checkpoint=builtin", *overrides(tmp_path))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "e").exists()
+
+
+def test_other_prompts_are_not_mixed_in(tmp_path, monkeypatch):
+    """The settings may be the same and the tokenizer's template another. What is stored is what was sent."""
+    sent = []
+    real = HFSampler.sample
+    monkeypatch.setattr(HFSampler, "sample", lambda self, ids, *a, **k: sent.extend(ids) or real(self, ids, *a, **k))
+    evaluate(tmp_path / "e", "checkpoint=builtin")
+    path = tmp_path / "e" / "prompts.jsonl"
+    assert [json.loads(line)["token_ids"] for line in path.read_text().splitlines()] == sent
+    path.write_text(path.read_text().replace('"prompt": "', '"prompt": "Now: '))
+    with pytest.raises(UserError, match="begun with other prompts"):
+        evaluate(tmp_path / "e", "checkpoint=builtin")
 
 
 def test_another_evaluation_is_not_mixed_in(tmp_path):

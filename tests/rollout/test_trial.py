@@ -11,7 +11,7 @@ import transformers
 from test_sampler_models import PROMPTS, SMALL, STOPS
 
 from kpo_cli.errors import UserError
-from kpo_cli.policy.scorer import _short_windows
+from kpo_cli.policy.fidelity import short_windows
 from kpo_cli.rollout import HFSampler
 from kpo_cli.rollout.check import Gap
 from kpo_cli.rollout.trial import choose_ways
@@ -96,7 +96,7 @@ def truth_of(name):
 def tried(name):
     settings = {"stop_ids": STOPS, "temperature": 0.9, "max_response_tokens": 20, "batch_size": 64}
     sampler = HFSampler(models(name)[0], **settings)
-    with _short_windows(models(name)[1]):  # as those of the model within the trial
+    with short_windows(models(name)[1]):  # as those of the model within the trial
         return sampler, choose_ways(sampler, truth_of(name), False, [list(range(3, 119))])
 
 

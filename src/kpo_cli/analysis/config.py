@@ -34,7 +34,6 @@ class AnalyzeConfig:
     cutoff: float
     clip_widths: list[tuple[float, float]]
     nulls: NullConfig
-    bootstrap: int
     likelihood_tokens: int
     lags: int
     responses: int
@@ -60,9 +59,7 @@ class AnalyzeConfig:
                 raise UserError(
                     f"clip_widths=[[{low},{high}]] must be [eps_low, eps_high], 0 < eps_low <= 1, eps_high > 0"
                 )
-        if 0 < self.bootstrap < 20:
-            raise UserError(f"bootstrap={self.bootstrap} must be 0 (no intervals) or at least 20")
-        for name in ("bootstrap", "likelihood_tokens", "responses", "seed"):
+        for name in ("likelihood_tokens", "responses", "seed"):
             _at_least(name, getattr(self, name), 0)
         _at_least("lags", self.lags, 1)
         if not 0.1 <= self.refresh < math.inf:

@@ -79,6 +79,7 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
     new = not (run_dir / "config.yaml").is_file()
     with _open(run_dir, new, settings, asked) as out:
         samples = SampleFile(out.path / "samples.jsonl", config.eval.n)
+        _keep_prompts(out, asked)
         say(console, f"evaluation: {out.path}")
         for item in asked:
             first = next(iter(item.prompts.values()))[0]
@@ -208,6 +209,27 @@ def _open(path: Path, new: bool, settings: dict[str, Any], asked: list[Asked]) -
     if out.config() != settings:
         raise UserError(f"run_dir={path} holds another evaluation; choose another run_dir=")
     return out
+
+
+def _keep_prompts(out: RunDir, asked: list[Asked]) -> None:
+    """Every prompt as it is sent, in prompts.jsonl. Raises UserError if this evaluation has begun with others."""
+    rows = [
+        {
+            "subject": item.role,
+            "benchmark": name,
+            "place": place,
+            "id": prompt.problem.id,
+            "prompt": prompt.text,
+            "token_ids": prompt.token_ids,
+        }
+        for item in asked
+        for name, prompts in item.prompts.items()
+        for place, prompt in enumerate(prompts)
+    ]
+    if not (out.path / "prompts.jsonl").is_file():
+        out.write_rows("prompts.jsonl", rows)
+    elif out.rows("prompts.jsonl") != rows:
+        raise UserError(f"run_dir={out.path} was begun with other prompts (prompts.jsonl); choose another run_dir=")
 
 
 def _engine_name(item: Asked, config: EvalConfig) -> str:

@@ -48,7 +48,7 @@ def summarise(table: list[list[Row]], seed: int) -> dict[str, Any]:
         "pass_at_k": {str(k): vars(stats.pass_at_k(correct, k, seed)) for k in _ks(n)},
         "maj_at_n": vars(stats.majority(answer_table(table), correct, seed)),
         "truncated": _share(rows, lambda row: row["finish"] == "length"),
-        "no_answer": _share(rows, lambda row: row["extracted"] is None),
+        "no_answer": _share(rows, lambda row: not (row["extracted"] or "").strip()),
         "unparseable": _share(rows, lambda row: row["reason"] == "unparseable"),
         "grader_failed": _share(rows, lambda row: row["grader_failed"]),
         "if_failed_are_right": _if_right(table, seed),
@@ -76,7 +76,8 @@ def _if_right(table: list[list[Row]], seed: int) -> dict[str, float] | None:
 
 def compare(first: list[list[Row]], second: list[list[Row]], seed: int) -> dict[str, Any]:
     """The paired comparison of two policies on one benchmark."""
-    result = stats.paired(correct_table(first).mean(axis=1), correct_table(second).mean(axis=1), seed)
+    ours, theirs = correct_table(first), correct_table(second)
+    result = stats.paired(ours.mean(axis=1), theirs.mean(axis=1), ours.shape[1], seed)
     return {"difference": vars(result.difference), "p_value": result.p_value, "detectable": result.detectable}
 
 
@@ -114,7 +115,7 @@ def tables(results: dict[str, Any], published: bool) -> list[tuple[str, list[str
             name,
             _percent(c["difference"], "+"),
             f"{c['p_value']:.4f}",
-            "too few differ" if math.isnan(c["detectable"]) else f"{100 * c['detectable']:.2f}",
+            "none" if math.isnan(c["detectable"]) else f"{100 * c['detectable']:.2f}",
         ]
         for name, by_role in results["benchmarks"].items()
         if (c := by_role.get("comparison"))

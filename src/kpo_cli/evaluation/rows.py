@@ -1,6 +1,7 @@
 """Rows of samples.jsonl: a response, graded; and tables of them."""
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -9,6 +10,9 @@ from kpo_cli.policy.response import Response
 from kpo_cli.rewards import Verdict, grade_batch
 from kpo_cli.rewards.normalize import normalize
 from kpo_cli.runs.samples import Key, Row
+
+RIGHT = " right"
+"""The spelling of every answer that is right; with a space in front, which no normalised text has."""
 
 
 def make_rows(
@@ -52,8 +56,28 @@ def failed_table(table: list[list[Row]]) -> np.ndarray:
 
 
 def answer_table(table: list[list[Row]]) -> list[list[str | None]]:
-    """Normalised answers, None where there is none."""
-    return [[None if row["extracted"] is None else normalize(row["extracted"]) for row in rows] for rows in table]
+    """Each sample's answer, None where there is none, in one spelling for all that are one answer by the grader.
+
+    Answers that are right are one. Of wrong ones `205` and `205\\text{ units}` are one: each is graded against the
+    shorter of the others of its problem.
+    """
+    spelled = [[_spelling(row) for row in rows] for rows in table]
+    pairs = [
+        (place, answer, shorter)
+        for place, row in enumerate(spelled)
+        for shorter, answer in combinations(sorted({text for text in row if text} - {RIGHT}, key=len), 2)
+    ]
+    verdicts = grade_batch([(f"\\boxed{{{answer}}}", shorter) for _, answer, shorter in pairs])
+    same: dict[tuple[int, str], str] = {}
+    for (place, answer, shorter), verdict in zip(pairs, verdicts, strict=True):
+        if verdict.correct:
+            same.setdefault((place, answer), same.get((place, shorter), shorter))
+    return [[text and same.get((place, text), text) for text in row] for place, row in enumerate(spelled)]
+
+
+def _spelling(row: Row) -> str | None:
+    """An answer normalised; None for an empty box or none."""
+    return RIGHT if row["correct"] else normalize(row["extracted"] or "") or None
 
 
 def _graded(verdict: Verdict) -> Row:

@@ -16,7 +16,6 @@ from rich.progress import (
 from rich.table import Table
 
 from kpo_cli.core import kalman_meaning
-from kpo_cli.intervals.accuracy import wilson
 from kpo_cli.terminal import make_console, say, show
 
 SILENCE = 60.0
@@ -166,5 +165,7 @@ def result_table(summary: dict[str, Any]) -> Table:
 
 
 def _with_interval(share: float, count: int) -> str:
-    low, high = wilson(share, count)
+    from kpo_cli.intervals.accuracy import proportion  # late: a GPU machine may measure parts of training without scipy
+
+    low, high = proportion(share, count)
     return f"{share:.3f} [{low:.3f}, {high:.3f}]"

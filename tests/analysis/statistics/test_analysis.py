@@ -295,7 +295,6 @@ def test_percentiles_come_from_bins_of_one_percent():
         ({"clip_widths": [[0.2]]}, "clip_widths"),
         ({"clip_widths": [[2.0, 0.2]]}, "0 < eps_low <= 1"),
         ({"nulls": {"draws": 5, "tokens": 100}}, "nulls.draws=5"),
-        ({"bootstrap": 3}, "bootstrap=3"),
         ({"refresh": 0.0}, "refresh=0.0"),
         ({"watch": True, "runs": ["a", "b"]}, "--watch shows one run"),
         ({"colour": 1}, "unknown key colour"),

@@ -5,10 +5,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from kpo_cli.analysis.compare.curves import FINAL, METRICS, Run, curves, differences, finals, group, load_run
+from kpo_cli.analysis.compare.curves import (
+    FINAL,
+    METRICS,
+    Run,
+    curves,
+    differences,
+    finals,
+    group,
+    load_run,
+    without_repeats,
+)
 from kpo_cli.analysis.config import AnalyzeConfig
 from kpo_cli.analysis.report import figures
 from kpo_cli.analysis.report.page import render, write_analysis
@@ -23,7 +34,7 @@ from kpo_cli.terminal import complain, counted, say, show
 
 SCHEMA = "kpo-comparison-1"
 CAPTIONS = {
-    "learning_curves": "By step: mean over seeds, with its 95% interval (Student's t) where there are two or more.",
+    "learning_curves": "By step: mean over seeds (thin: each seed); bands from three seeds on: 95%, Student's t.",
     "learning_curves_by_tokens": "The same by response tokens that were sampled until then.",
 }
 
@@ -45,7 +56,8 @@ def compare(sources: list[Source], folder: Path, config: AnalyzeConfig, console:
         found["notes"] += source.problems
     if not runs and not found["runs"]:
         raise UserError(f"nothing to analyse: {found['notes'][0]}")
-    groups = group(runs) if runs else {}
+    groups, repeats = without_repeats(group(runs) if runs else {})
+    found["notes"] += repeats
     found |= comparison(groups)
     found["summary"] = in_words(found, groups)
     for note in found["notes"]:
@@ -101,10 +113,10 @@ def in_words(found: dict[str, Any], groups: dict[str, list[Run]]) -> str:
         sentences = [f"{counted(len(found['runs']), 'source')} without metrics of training: only ratios are compared."]
     if seeds == 1 and count > 1:
         sentences.append("With one seed a difference cannot be told from chance.")
-    for name, entry in found["groups"].items():
-        if len(set(entry["last_steps"])) > 1:
-            steps = ", ".join(map(str, entry["last_steps"]))
-            sentences.append(f"The runs of {name} ended at different steps ({steps}): their last values differ in age.")
+    ends = {name: entry["last_steps"] for name, entry in found["groups"].items()}
+    if len({step for steps in ends.values() for step in steps}) > 1:
+        each = "; ".join(f"{name} {', '.join(map(str, steps))}" for name, steps in ends.items())
+        sentences.append(f"Runs ended at different steps ({each}): compared is the last evaluation that both share.")
     for entry in found["differences"]:
         if entry["refused"]:
             sentences.append(f"{entry['refused']}.")
@@ -112,9 +124,10 @@ def in_words(found: dict[str, Any], groups: dict[str, list[Run]]) -> str:
         line = entry["accuracy_sampled"]
         if line.get("ci") and not line["ci"][0] <= 0 <= line["ci"][1]:
             pair = f"{entry['group']} ends {abs(line['mean']):.3f} {'above' if line['mean'] > 0 else 'below'}"
-            sentences.append(f"{pair} {entry['other']} in sampled accuracy ({interval(line['ci'])}, paired by seed).")
+            how = f"95%: {interval(line['ci'])}, {line['n']} seeds, paired, at step {line['step']}"
+            sentences.append(f"{pair} {entry['other']} in sampled accuracy ({how}).")
     tested = sum(bool(entry.get("accuracy_sampled", {}).get("ci")) for entry in found["differences"])
-    if tested and not any("paired by seed" in sentence for sentence in sentences):
+    if tested and not any(" in sampled accuracy (" in sentence for sentence in sentences):
         sentences.append("No difference of final sampled accuracy is beyond what seeds do.")
     elif tested > 1:
         sentences.append(f"Of {tested} pairs looked at, one in twenty would differ so by chance.")
@@ -125,10 +138,11 @@ def tables(found: dict[str, Any]) -> list[Table]:
     """Final accuracies, paired differences, ratios."""
     rows = []
     for name, entry in found["groups"].items():
-        accuracies = [_with_interval(entry["final"][metric]) for metric in FINAL]
+        finals = [entry["final"][metric] for metric in FINAL]
+        accuracies = [*map(_with_interval, finals), str(finals[-1]["step"])]
         rows.append([name, str(len(entry["runs"])), *accuracies, "yes" if entry["ratios_identically_one"] else "no"])
-    columns = ["group", "runs", "greedy", "sampled", "ratios all 1"]
-    note = "mean over seeds; interval: Student's t, 95%"
+    columns = ["group", "runs", "greedy", "sampled", "step", "ratios all 1"]
+    note = "mean over seeds at the last evaluation that all of a group have; interval: Student's t, 95%"
     found_tables = [Table("Final held-out accuracy", columns, rows, note)] if rows else []
     pairs = []
     for entry in found["differences"]:
@@ -160,16 +174,18 @@ def draw(found: dict[str, Any], by: str) -> Figure:
     figure = Figure(figsize=(8, 7), dpi=150)
     axes = figure.subplots(3, 2).ravel()
     x_name = by.removeprefix("by_")
-    for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
+    for axis, (metric, (title, limits)) in zip(axes, METRICS.items(), strict=True):
         for i, (name, entry) in enumerate(found["groups"].items()):
             colour = figures.COLOURS[1:][i % (len(figures.COLOURS) - 1)]
             points = entry["curves"][metric][by]
             x = [point[x_name] / (1 if by == "by_step" else 1000) for point in points]
             marker = "." if len(points) < 12 else ""
             axis.plot(x, [point["mean"] for point in points], color=colour, label=name, marker=marker)
-            if points and points[0]["ci"]:
-                low, high = zip(*(point["ci"] for point in points), strict=True)
-                axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            if len(entry["runs"]) > 1:
+                axis.plot(x, [point["values"] for point in points], color=colour, alpha=0.4, linewidth=0.5)
+            bands = [point["ci"] if point["ci"] and point["n"] > 2 else 2 * [point["mean"]] for point in points]
+            axis.fill_between(x, *(np.array(bands).reshape(-1, 2).T), color=colour, alpha=0.2, linewidth=0)
+        axis.set_ylim(max(limits[0], axis.get_ylim()[0]), min(limits[1], axis.get_ylim()[1]))
         axis.set_title(title, loc="left")
         axis.set_xlabel("step" if by == "by_step" else "response tokens, thousands")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)

@@ -24,7 +24,7 @@ from kpo_cli.analysis.statistics.family import LEVEL
 from kpo_cli.analysis.statistics.nulls import NULLS, NullResult, Nulls, nulls_of
 from kpo_cli.analysis.statistics.series import RAW, RECORDED, Series, describe, own_filter, series_of, share_passed
 from kpo_cli.analysis.statistics.spectrum import BINS, quotient
-from kpo_cli.analysis.statistics.sums import AT, Sums, autocorrelations, statistics
+from kpo_cli.analysis.statistics.sums import AT, LIMITS, Sums, autocorrelations, statistics
 from kpo_cli.errors import UserError
 from kpo_cli.intervals.clusters import cluster_intervals
 from kpo_cli.runs.ratios import Ratios
@@ -95,7 +95,7 @@ def analyse(
     stage("intervals")
     for i, each in enumerate(series):
         clusters = done.clusters[done.off_policy][:, i]
-        own_intervals = cluster_intervals(clusters, statistics, config.bootstrap, config.seed)
+        own_intervals = cluster_intervals(clusters, statistics, LIMITS)
         entry = _entry(each, off_policy[i], own_intervals, nulls.series.get(each.name, {}) if nulls else {})
         found["filters"][each.name] = entry | _distributions(done.collector, i, off_policy[i])
         found["filters"][each.name]["share_passed"] = _passed(each, null_sample, off_policy[0])

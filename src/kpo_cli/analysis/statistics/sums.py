@@ -82,6 +82,8 @@ class Statistic:
     label: str
     formula: Callable[[Callable[[str], Sums]], Sums]
     """Given the sums by name, all of one shape, the statistic in that shape."""
+    limits: tuple[float, float] = (0.0, 1.0)
+    """What it can be."""
 
 
 def statistics(sums: Sums) -> dict[str, Sums]:
@@ -135,21 +137,22 @@ STATISTICS: dict[str, Statistic] = {
     "switch_frequency_two_state": Statistic(
         "switch frequency, two states", lambda s: s("signed_switches") / s("signed_pairs")
     ),
-    "mean_run_length": Statistic("mean run, tokens", lambda s: s("tokens") / s("runs")),
+    "mean_run_length": Statistic("mean run, tokens", lambda s: s("tokens") / s("runs"), (1.0, np.inf)),
     "mean_off_policy_run_length": Statistic(
-        "mean off-policy run, tokens", lambda s: s("off_policy_tokens") / s("off_policy_runs")
+        "mean off-policy run, tokens", lambda s: s("off_policy_tokens") / s("off_policy_runs"), (1.0, np.inf)
     ),
     "low_frequency_energy": Statistic("low-frequency energy", lambda s: s("low_share") / s("low_count")),
-    "autocorrelation": Statistic("autocorrelation, lag 1", _autocorrelation),
-    "sign_autocorrelation": Statistic("sign autocorrelation, lag 1", _sign_autocorrelation),
+    "autocorrelation": Statistic("autocorrelation, lag 1", _autocorrelation, (-1.0, 1.0)),
+    "sign_autocorrelation": Statistic("sign autocorrelation, lag 1", _sign_autocorrelation, (-1.0, 1.0)),
     "off_policy_share": Statistic("share of tokens with a sign", lambda s: s("off_policy_tokens") / s("tokens")),
-    "mean": Statistic("mean", lambda s: s("x") / s("tokens")),
-    "std": Statistic("standard deviation", lambda s: np.sqrt(_central(s)[0])),
-    "kurtosis": Statistic("kurtosis", _kurtosis),
+    "mean": Statistic("mean", lambda s: s("x") / s("tokens"), (-np.inf, np.inf)),
+    "std": Statistic("standard deviation", lambda s: np.sqrt(_central(s)[0]), (0.0, np.inf)),
+    "kurtosis": Statistic("kurtosis", _kurtosis, (1.0, np.inf)),
     "effective_sample_size": Statistic("effective sample size, share", _effective_share),
-    "kl_k3": Statistic("KL, k3", lambda s: s("k3") / s("tokens")),
+    "kl_k3": Statistic("KL, k3", lambda s: s("k3") / s("tokens"), (0.0, np.inf)),
 }
 """What analysis.json holds for each series, in the order of the tables."""
+LIMITS = {name: statistic.limits for name, statistic in STATISTICS.items()}
 
 
 LAG_COLUMNS = ("pairs", "first", "second", "product", "sign_first", "sign_second", "sign_product")
