@@ -9,6 +9,12 @@ from kpo_cli.core import group_normalised, token_log_probs
 from kpo_cli.core.diagnostics import RatioSums
 
 
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_refused(reward):
+    with pytest.raises(ValueError, match=f"reward 2 is {reward}"):
+        group_normalised(torch.tensor([1.0, 0.0, reward, 1.0]), 2)
+
+
 def test_group_normalised_by_hand():
     # Group 1, 0, 0, 0: mean 1/4, sample standard deviation 1/2.
     got, zero_variance = group_normalised(torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1]), 4)

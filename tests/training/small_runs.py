@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from kpo_cli.cli.compose import conf_dir
 from kpo_cli.config import ModelConfig, convert
+from kpo_cli.runs.checkpoints import STATE
+from kpo_cli.runs.directory import sha256_of
 from kpo_cli.training.main import run
 
 SMALL = [
@@ -48,6 +50,15 @@ def train(run_dir, *overrides):
 def resume(run_dir, *overrides):
     run(raw_config(f"resume='{run_dir}'", *overrides))
     return run_dir
+
+
+def rewrite_state(path, **changes):
+    """Change a checkpoint's state.json as another version would have written it; None takes a key out."""
+    file = path / STATE
+    state = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
+    sums = json.loads((path / "checksums.json").read_text()) | {STATE: sha256_of(file)}
+    (path / "checksums.json").write_text(json.dumps(sums))
 
 
 def weights(run_dir, step):

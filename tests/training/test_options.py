@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import metrics, raw_config, resume, same_weights, train, weights
+from small_runs import metrics, raw_config, resume, rewrite_state, same_weights, train, weights
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
 
 from kpo_cli.config import train_config
@@ -29,6 +29,15 @@ def test_a_fitted_filter_goes_on_from_its_checkpoint_to_the_same_bits(name, tmp_
     assert fitted[0] != 1.0  # the fit has moved it from where it starts
     state = json.loads((part / "checkpoints/step-000003/trainer/state.json").read_text())
     assert len(state["filter_sums"]) > 10
+
+
+def test_sums_of_an_older_filter_are_forgotten_on_resuming(tmp_path):
+    """Before checkpoints had format 2, kalman_adaptive had 123 sums; the filter begins again with the next batch."""
+    run = train(tmp_path / "run", "filter=kalman_adaptive", "trainer.steps=1")
+    rewrite_state(run / "checkpoints/step-000001", format="kpo-checkpoint-1", filter_sums=[1.0] * 123)
+    resume(run, "trainer.steps=2")
+    state = json.loads((run / "checkpoints/step-000002/trainer/state.json").read_text())
+    assert (state["format"], len(state["filter_sums"])) == ("kpo-checkpoint-2", 302)
 
 
 def test_an_adaptive_filter_on_its_floor_says_so(tmp_path, capsys):

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import metrics, raw_config, resume, same_weights, train, weights
+from small_runs import metrics, raw_config, resume, rewrite_state, same_weights, train, weights
 
 from kpo_cli.config import train_config
 from kpo_cli.errors import RunStopped, UserError
@@ -19,7 +19,7 @@ from kpo_cli.policy.load import load_policy
 from kpo_cli.rollout import HFSampler
 from kpo_cli.runs import checkpoints as written
 from kpo_cli.runs.checkpoints import checkpoints, newest_checkpoint, resumable_checkpoint
-from kpo_cli.runs.directory import RunDir, sha256_of
+from kpo_cli.runs.directory import RunDir
 from kpo_cli.training import loop, saving
 from kpo_cli.training.check import changed_config
 from kpo_cli.training.step import Updater
@@ -211,15 +211,6 @@ def raw_model(path):
 def test_all_optimizer_states_stay_on_request(tmp_path):
     run = train(tmp_path / "run", *SIZE, "trainer.checkpoint_every=1", "trainer.keep_optimizer=0")
     assert [(path / written.OPTIMIZER).exists() for path in checkpoints(run)] == [True] * 3
-
-
-def rewrite_state(path, **changes):
-    """Change a checkpoint's state.json as another version would have written it; None takes a key out."""
-    file = path / written.STATE
-    state = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
-    sums = json.loads((path / "checksums.json").read_text()) | {written.STATE: sha256_of(file)}
-    (path / "checksums.json").write_text(json.dumps(sums))
 
 
 def test_checkpoints_bear_their_format(tmp_path):

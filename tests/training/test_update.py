@@ -169,6 +169,22 @@ def test_truncated_responses_can_be_left_out(policy, batch):
     assert record.sums.tokens == int(kept.response_mask.sum())
 
 
+@pytest.mark.parametrize("method", ["kpo", "gspo"])
+def test_truncated_responses_have_their_ratios_all_the_same(policy, batch, method):
+    """z of the second mini-batch is that of the policy after the first, for what is learned from and what is not."""
+    batch = dataclasses.replace(batch, truncated=torch.arange(16) % 3 == 0)
+    record = updater(policy, method, mask_truncated=True).update(batch)
+    first = updater(policy, method, mask_truncated=True, mini_batches=1)
+    first.update(batch.rows(torch.arange(8)))
+    before, after = (Scorer(model, 0.8, packed=True)(batch)[0] for model in (policy.model, first.scorer.model))
+    z = torch.where(batch.response_mask, after - before, 0.0).detach()
+    left_out = batch.truncated & (record.mini_batch_index == 1)
+    assert torch.allclose(record.log_ratio[8:], z[8:], atol=1e-5)
+    assert record.log_ratio[left_out].abs().max() > 1e-4
+    x = first.objective.ratio_filter(record.log_ratio, batch.response_mask, record.old_log_probs)
+    assert torch.allclose(record.filtered_log_ratio, x, atol=1e-7)
+
+
 def test_a_mini_batch_with_nothing_to_learn_from_changes_nothing(policy, batch):
     rows = batch.rows(batch.truncated.nonzero().squeeze(-1))
     job = updater(policy, mask_truncated=True, mini_batches=1)

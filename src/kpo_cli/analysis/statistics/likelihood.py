@@ -146,19 +146,21 @@ class Likelihood:
         shape = noise.Shape(float(point[GAMMA]), math.exp(point[CONSTANT]) if point[GAMMA] else 0.0)
         q = 0.0 if math.isinf(point[WALK]) else v * math.exp(point[WALK])
         fit = Fit(v, q, shape, deviance=self.deviance(around[()]))
-        cov = self._covariance(around, free, v)
-        if cov is None:
+        errors = self._errors(around, free, v)
+        if errors is None:
             return fit
-        # The parameters are the free ones and ln v, which is the last.
-        log_v = math.sqrt(max(cov[-1, -1], 0.0))
-        if WALK not in free:
-            return replace(fit, log_v_error=log_v)
-        i = free.index(WALK)
-        log_q = math.sqrt(max(cov[i, i] + 2 * cov[i, -1] + cov[-1, -1], 0.0))
-        return replace(fit, log_q_error=log_q, log_v_error=log_v, log_q_over_v_error=math.sqrt(max(cov[i, i], 0.0)))
+        log_q, log_v, both = errors
+        return replace(fit, log_q_error=log_q, log_v_error=log_v, log_q_over_v_error=both)
 
-    def _covariance(self, around: dict[tuple[int, ...], Terms], free: tuple[int, ...], v: float) -> Vector | None:
-        """Of the free parameters and ln v: H^-1 (sum over clusters of their scores' products) H^-1."""
+    def _errors(
+        self, around: dict[tuple[int, ...], Terms], free: tuple[int, ...], v: float
+    ) -> tuple[float, float, float] | None:
+        """Of ln Q, ln v and ln(Q/v), from H^-1 (sum over clusters of their scores' products) H^-1.
+
+        The parameters are the free ones and ln v. One that the data hardly hold (a curvature below 1: an error above
+        1) is taken as it is, as the constant noise is where there is none; if it is the walk, nothing is known of it.
+        None with one cluster.
+        """
         # -log L of each response at v: 1/2 (n ln v + logs + squares / v).
         losses = {move: 0.5 * (t.logs + t.squares / v) for move, t in around.items()}
         slopes = [(losses[(i + 1,)] - losses[(-i - 1,)]) / (2 * STEP[i]) for i in free]
@@ -173,10 +175,16 @@ class Likelihood:
         count = int(self.clusters.max()) + 1
         if count < 2:
             return None
-        scores = np.stack([np.bincount(self.clusters, slope, count) for slope in slopes], 1)
+        held = [k for k in range(size) if curvature[k, k] > 1] + [size]
+        scores = np.stack([np.bincount(self.clusters, slopes[k], count) for k in held], 1)
         spread = scores.T @ scores * (count / (count - 1))
-        inverse = _solved(curvature, np.eye(size + 1))
-        return np.asarray(inverse @ spread @ inverse.T)
+        inverse = _solved(curvature[np.ix_(held, held)], np.eye(len(held)))
+        cov = inverse @ spread @ inverse.T
+        log_v = math.sqrt(cov[-1, -1])
+        if WALK not in [free[k] for k in held[:-1]]:
+            return math.inf, log_v, math.inf
+        # The walk is the first parameter; ln Q = ln(Q/v) + ln v.
+        return math.sqrt(max(cov[0, 0] + 2 * cov[0, -1] + cov[-1, -1], 0.0)), log_v, math.sqrt(cov[0, 0])
 
 
 def clusters_of(batch: Ratios) -> NDArray[np.int64]:

@@ -1,0 +1,87 @@
+"""Ten kinds of data and more, from a file to words: what is said stands in the tables, and verdicts find what is there."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from kpo_cli.analysis.report.tables import noise_table, order_table, statistic_table
+from kpo_cli.analysis.statistics.sums import STATISTICS
+
+sys.path.append(str(REPOSITORY / "benchmarks"))  # at the end: its names are plain ones
+from claims_of_analyze import DRIFTLESS, DRIFTS, KINDS, ORDERLESS, analysed
+
+QUICK = ("nulls.draws=39", "filters=[kalman,steady_kalman]", "time_constants=[10]")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def found(kind):
+    return analysed(kind, 7, *QUICK)
+
+
+def stars(found, null):
+    """Cells of the tables that bear one, of one null: the last column but one, and the last."""
+    at = {"null_shuffled": -2, "null_sign_flipped": -1}[null]
+    tables = [*(statistic_table(found, name) for name in STATISTICS), order_table(found)]
+    return sum(row[at].endswith("*") for table in tables for row in table.rows)
+
+
+def test_no_verdict_contradicts_its_tables(kind, found):
+    text = found["summary"]
+    if kind == "identical":
+        assert "All ratios are exactly 1" in text
+        assert not re.search("order in time|drift|Shuffled", text)
+        return
+    shuffled = stars(found, "null_shuffled")
+    assert ("There is order in time" in text) == (shuffled > 0)
+    assert ("No order in time is seen" in text) == (shuffled == 0)
+    assert len(found["order"]["null_shuffled"]["outside"]) == shuffled
+    assert len(found["order"]["null_sign_flipped"]["outside"]) == stars(found, "null_sign_flipped")
+    switches = [row for row in statistic_table(found, "switch_frequency").rows if row[0] != "raw"]
+    filtered = [row[0] for row in switches if row[-2].endswith("*")]
+    assert ("the drop is no sign of order in time" in text) == (not filtered)
+    assert all(f"{name} (" in text.partition("outside what they do lie")[2] for name in filtered)
+    drift, gain = found["noise"]["drift"], found["noise"]["held_out"]["models"]["walk_in_shaped_noise"]["gain_of_walk"]
+    if "There is a drift" in text:
+        assert "There is order in time" in text
+        assert gain > 0
+        assert drift["q_interval"][0] > 0
+    elif "No drift" in text:
+        assert min(drift["p_values"]["prediction"].values()) > 0.05
+    assert ("time constant of" in text) == (drift["verdict"] == "drift")
+    best = noise_table(found).rows[0]
+    assert best[0] == "constant noise" or best[1] in text
+
+
+def test_verdicts_find_what_is_there_and_nothing_else(kind, found):
+    text = found["summary"]
+    if kind in ORDERLESS:
+        assert "There is order in time" not in text
+    elif kind != "identical":
+        assert "There is order in time" in text
+    if kind in DRIFTLESS or kind == "identical":
+        assert "There is a drift" not in text
+    if kind in DRIFTS:
+        low, high = found["noise"]["drift"]["q_interval"]
+        assert low < DRIFTS[kind] < high
+
+
+def test_an_autoregression_is_seen_with_twenty_draws():
+    found = analysed("few prompts, AR(0.95)", 8, "nulls.draws=20", *QUICK[1:])
+    assert found["order"]["null_shuffled"]["p_value"] == pytest.approx(1 / 21)
+    assert "There is order in time" in found["summary"]
+
+
+def test_without_draws_nothing_is_said_of_time():
+    found = analysed("AR(0.95)", 8, "nulls.draws=0", *QUICK[1:])
+    assert found["order"] is None
+    assert "without a null this says nothing about time" in found["summary"]
+    assert "is not determined: there is no null" in found["summary"]
+    assert np.isfinite(found["filters"]["raw"]["switch_frequency"]["value"])
