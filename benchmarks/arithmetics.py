@@ -71,7 +71,7 @@ class Gradient:
     overflows: int
     """Times that the loss scale was halved."""
     seconds: float
-    """Of one forward and backward pass."""
+    """Of one forward and backward pass; on a CPU the processor's."""
 
 
 class Pass:
@@ -103,9 +103,10 @@ class Pass:
         """Of the policy gradient where z is 0, at which all methods are the same."""
         scale, overflows = (LOSS_SCALE if self.arithmetic.dtype == torch.float16 else 1.0), 0
         while True:
-            started = time.perf_counter()
+            clock = time.perf_counter if self._on_gpu else time.process_time  # others may be at work on a CPU
+            started = clock()
             self._backward(batch, scale)
-            seconds = time.perf_counter() - started
+            seconds = clock() - started
             values = {
                 name: (torch.zeros_like(p) if p.grad is None else _local(p.grad).clone()).div_(scale).cpu()
                 for name, p in self.model.named_parameters()
@@ -123,6 +124,10 @@ class Pass:
         self.model.zero_grad(set_to_none=True)
         return most
 
+    @property
+    def _on_gpu(self) -> bool:
+        return next(self.model.parameters()).device.type != "cpu"
+
     def _backward(self, batch: Batch, scale: float) -> None:
         with self._arithmetic():
             log_probs = self._score(batch)
@@ -134,7 +139,7 @@ class Pass:
                 response_mask=batch.response_mask.to(log_probs.device),
             )
             (out.loss * scale).backward()
-            if log_probs.is_cuda:
+            if self._on_gpu:
                 torch.cuda.synchronize()
 
     def _score(self, batch: Batch) -> Tensor:
@@ -149,7 +154,7 @@ class Pass:
         with contextlib.ExitStack() as stack:
             if self.arithmetic is REFERENCE:
                 stack.enter_context(InFloat64())
-            elif self.arithmetic.half and next(self.model.parameters()).device.type == "cpu":
+            elif self.arithmetic.half and not self._on_gpu:
                 stack.enter_context(RoundedOnce())
                 stack.enter_context(mock.patch("kpo_cli.core.log_probs._matmul", _matmul_as_on_a_gpu))
             yield

@@ -20,7 +20,8 @@ masters. `checkpoint` masters lie on the grid of bf16, as released weights do; `
 - differ: share of tokens that one of the two cuts and the other does not.
 - white: noise over what errors of that size would leave if those of different tokens had nothing in common.
 - gradient: |g - g64| / |g64| of the policy gradient at z = 0.
-- seconds of a forward and backward pass for each packed token, and bytes at its peak beside the masters, by count.
+- seconds of a forward and backward pass for each packed token (of processor time on a CPU), and bytes at its peak
+  beside the masters, by count.
 
 Kernels are the device's. A CPU's 16-bit products are made of float32 ones here, so its seconds say nothing of a GPU's.
 """
@@ -296,6 +297,7 @@ def tables(records: list[Record]) -> str:
     least = min(r["lr"] for r in ratios)
     shown = [r for r in ratios if r["lr"] == least and r["masters"] == "trained" and r["arithmetic"] != REFERENCE.name]
     out += [f"\nError of z, trained masters, lr {least:g}\n", *model_table(shown, "error")]
+    out += ["\nThe same: noise behind the filter over that of errors with nothing in common\n", *white_table(shown)]
     titles = {
         "gradient": "Relative error of the gradient",
         "seconds": "Seconds for each packed token, forward and backward",
@@ -343,6 +345,14 @@ def filter_table(records: list[Record]) -> list[str]:
             cells.append(f"cuts {cut}" if name == REFERENCE.name else f"{noise}; {differ}")
         rows.append([kind, f"{lr:g}", name, *cells])
     return lines(("masters", "lr", "arithmetic", *METHODS), rows)
+
+
+def white_table(records: list[Record]) -> list[str]:
+    """All models and seeds together."""
+    rows = []
+    for (name,), own in grouped((r for r in records if "methods" in r), "arithmetic").items():
+        rows.append([name, *(spanned(r["methods"][method]["white"] for r in own) for method in METHODS)])
+    return lines(("arithmetic", *METHODS), rows)
 
 
 def model_table(records: list[Record], value: str, shown: Callable[[float], str] | None = None) -> list[str]:
