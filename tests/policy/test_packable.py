@@ -11,7 +11,7 @@ from transformers import GPT2Config, GraniteConfig, LlamaConfig, MixtralConfig, 
 from kpo_cli.config import LoraConfig
 from kpo_cli.policy import attention, scorer
 from kpo_cli.policy.attention import NAME
-from kpo_cli.policy.fidelity import TOLERANCE, Way, _probe, _Trial, WideSoftmax, choose_way, in_float64
+from kpo_cli.policy.fidelity import TOLERANCE, Way, WideSoftmax, _probe, _Trial, choose_way, in_float64
 from kpo_cli.policy.lora import add_adapters
 from kpo_cli.policy.scorer import Scorer
 

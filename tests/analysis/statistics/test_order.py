@@ -1,4 +1,4 @@
-"""Ten kinds of data and more, from a file to words: what is said stands in the tables, and verdicts find what is there."""
+"""Ten kinds of data and more, from a file to words: what is said stands in the tables, and what is there is found."""
 
 import re
 import sys
