@@ -53,7 +53,8 @@ gpu-bundle:
 STANDIN := .venv-gpu
 STANDIN_VERSIONS := torch==2.13.0 transformers==5.17.*
 
-gpu-bundle-test: gpu-bundle
+gpu-bundle-test:
+	$(PYTHON) benchmarks/gpu_bundle.py --python $$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 	$(PYTHON) -m venv --clear $(STANDIN)
 	$(STANDIN)/bin/python -m pip install --quiet --disable-pip-version-check $(STANDIN_VERSIONS) \
 		$$($(PYTHON) benchmarks/gpu_bundle.py --needed-there)

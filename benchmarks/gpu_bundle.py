@@ -5,7 +5,8 @@
     PYTHON=python3.12 bash gpu-bundle/run.sh --device cpu --small
 
 The machine is taken to have torch, transformers and what these bring (NEEDED_THERE below); the bundle holds pure-Python
-wheels of what kpo needs beside them, of the versions in constraints.txt. `datasets` is only for data from the hub and
+wheels of what kpo needs beside them, of the versions in constraints.txt, and in binary/ a scipy for Linux with that
+Python (--python), which run.sh installs where there is none. `datasets` is only for data from the hub and
 stays behind. kpo itself is run from src/. run.sh installs into a folder of its own that goes with it.
 """
 
@@ -20,8 +21,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 WHEELS = ("hydra-core", "omegaconf", "antlr4-python3-runtime")
 NEEDED_THERE = (
     *("torch", "transformers", "peft", "numba", "safetensors", "accelerate", "typer", "rich", "matplotlib", "mpmath"),
-    *("pyarrow", "pandas", "pytest", "scipy"),
+    *("pyarrow", "pandas", "pytest"),
 )
+BINARY = ("scipy",)
+"""Compiled, for one Python on x86-64 Linux."""
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux2014_x86_64")
 LIMIT = 64 * 2**20
 """Bytes; what a small courier takes."""
 TAG = re.compile(r"-(py2\.)?py3-none-any\.whl$")
@@ -31,6 +35,7 @@ TAG = re.compile(r"-(py2\.)?py3-none-any\.whl$")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "gpu-bundle")
+    parser.add_argument("--python", default="3.12", help="of the machine with the GPU (3.12)")
     parser.add_argument("--needed-there", action="store_true", help="print what the machine must have, and stop")
     options = parser.parse_args()
     if options.needed_there:
@@ -38,7 +43,7 @@ def main() -> int:
         return 0
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
-    build(options.out)
+    build(options.out, options.python)
     shutil.copy(Path(__file__).with_name("run_bundle.sh"), options.out / "run.sh")
     if wrong := check(options.out):
         print(f"gpu-bundle: {wrong}", file=sys.stderr)
@@ -48,10 +53,13 @@ def main() -> int:
     return 0
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, python: str) -> None:
     """Wheels of the pinned versions. antlr4's runtime has none to download: pip builds it from its source."""
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "-c", str(REPOSITORY / "constraints.txt"), "-w", str(folder), *WHEELS], check=True)
+    pip = [sys.executable, "-m", "pip"]
+    pinned = ["--quiet", "--disable-pip-version-check", "--no-deps", "-c", str(REPOSITORY / "constraints.txt")]
+    subprocess.run([*pip, "wheel", *pinned, "-w", str(folder), *WHEELS], check=True)
+    there = ["--only-binary", ":all:", "--python-version", python, *(f"--platform={name}" for name in PLATFORMS)]
+    subprocess.run([*pip, "download", *pinned, *there, "-d", str(folder / "binary"), *BINARY], check=True)
 
 
 def check(folder: Path) -> str | None:
@@ -66,7 +74,7 @@ def check(folder: Path) -> str | None:
 
 
 def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 if __name__ == "__main__":
