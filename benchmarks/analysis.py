@@ -59,11 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name, default in (("steps", 500), ("rows", 256), ("width", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    given, settings = parser.parse_known_args()
+    parser.add_argument("settings", nargs="*", help="of kpo analyze")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_records(Path(folder) / "run" / "ratios", given.steps, given.rows, given.width)
         began = time.perf_counter()
-        command = [sys.executable, "-m", "kpo_cli", "analyze", f"{folder}/run", *settings]
+        command = [sys.executable, "-m", "kpo_cli", "analyze", f"{folder}/run", *given.settings]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         wall = time.perf_counter() - began
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
