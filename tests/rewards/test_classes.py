@@ -94,7 +94,7 @@ CLASSES = {
             ("5 \\text{ seconds}", "5"), ("5", "5\\text{ min}"), ("24 \\text{ cm}", "\\text{24 cm}"), ("12", "12\""),
             ("12\\text{ inches}", "12''"), ("2\\text{ minutes}", "120\\text{ seconds}"),
             ("2.5\\text{ km}", "2500\\text{ m}"), ("15\\text{ cm}^2", "15\\text{ square centimeters}"),
-            ("10\\text{ m/s}", "36\\text{ km/h}"), ("5\\text{ metres}", "5\\text{ m}"),
+            ("10\\text{ m/s}", "36\\frac{\\text{km}}{\\text{h}}"), ("5\\text{ metres}", "5\\text{ m}"),
             ("90^\\circ", "90 \\text{ deg}"), ("5", "5\\ \\mathrm{kg}"), ("5 \\text{ см}", "5"), ("3", "3\\text{厘米}"),
         ],
         [
@@ -112,7 +112,7 @@ CLASSES = {
         ],
         [
             ("3:30\\text{ p.m.}", "3:30\\text{ a.m.}"), ("3:30\\text{ pm}", "4:30\\text{ pm}"),
-            ("9\\text{ a.m.}", "9\\text{ p.m.}"), ("4:00\\text{ pm}", "2:00"),
+            ("9\\text{ a.m.}", "9\\text{ p.m.}"), ("4:00\\text{ pm}", "2:00"), ("9:00\\text{ a.m.}", "21:00"),
             ("12:00\\text{ am}", "12:00\\text{ pm}"),
         ],
     ),

@@ -50,52 +50,20 @@ _LIST_FUNCTIONS = {"\\min": "min", "\\max": "max", "\\gcd": "gcd", "\\lcm": "lcm
 _BINDERS = {"\\sum": "sum", "\\prod": "prod"}
 _INVERSES = {"sin": "asin", "cos": "acos", "tan": "atan"}
 _OTHER_SYMBOLS = (
-    "hbar",
-    "ell",
-    "mho",
-    "odot",
-    "partial",
-    "nabla",
-    "aleph",
-    "angle",
-    "triangle",
-    "Xi",
-    "Pi",
-)
+    "hbar", "ell", "mho", "odot", "partial", "nabla", "aleph", "angle", "triangle", "Xi", "Pi",
+)  # fmt: skip
 _ACCENTS = {
-    "\\bar",
-    "\\overline",
-    "\\hat",
-    "\\widehat",
-    "\\vec",
-    "\\overrightarrow",
-    "\\tilde",
-    "\\mathbf",
-    "\\mathcal",
-}
+    "\\bar", "\\overline", "\\hat", "\\widehat", "\\vec", "\\overrightarrow", "\\tilde", "\\mathbf", "\\mathcal",
+}  # fmt: skip
 _GREEK = {f"\\{name}" for name in (*GREEK_NAMES, *_OTHER_SYMBOLS) if name != "pi"}
 # Letters that denote functions: an application of them is one unknown, not a product.
 _FUNCTION_LETTERS = set("fghuFGH") | {"\\delta", "\\phi", "\\psi"}
 _CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "|": "|"}
 _STARTS = re.compile(r"[0-9A-Za-z.({\[|\\]")
 _STOPS = {
-    "\\cdot",
-    "\\le",
-    "\\ge",
-    "\\ne",
-    "\\in",
-    "\\rfloor",
-    "\\rceil",
-    "\\}",
-    "\\cr",
-    "\\%",
-    "\\end",
-    "\\cup",
-    "\\setminus",
-    "\\to",
-    "\\above",
-    "\\below",
-}
+    "\\cdot", "\\le", "\\ge", "\\ne", "\\in", "\\rfloor", "\\rceil", "\\}", "\\cr", "\\%", "\\end", "\\cup",
+    "\\setminus", "\\to", "\\above", "\\below",
+}  # fmt: skip
 _SIDE = re.compile(r"\^ ?\{? ?([+-]) ?\}?(?= ?\})")
 _DERIVATIVE = re.compile(
     r"\\frac\{ ?d ?(?:\^\{ ?(?P<order>\d) ?\} ?)?(?P<of>\\?[A-Za-z]+(?:_\{[^{}]*\})?) ?\}"

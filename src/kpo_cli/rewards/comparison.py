@@ -132,9 +132,8 @@ class Comparison:
                 minutes[place] += 720 * ((time["half"] == "p") - (time["hour"] == "12"))
         if one["half"] and two["half"]:
             return minutes[0] == minutes[1]
-        return minutes[0] % 720 == minutes[1] % 720 and (
-            minutes[0] == minutes[1] or (max(minutes) < 1440 and min(minutes) < 780)
-        )
+        marked, bare = minutes if one["half"] else minutes[::-1]
+        return marked == bare or (bare < 780 and marked % 720 == bare % 720)
 
     # What holds for parts as well.
 

@@ -64,7 +64,7 @@ _TEXT_COMMANDS = re.compile(
 )
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d.]\d| ?\d)")
 # A single upright letter is a symbol, except after a number, where most are units.
-_LETTER = re.compile(r"(?P<before>[\d})\s]?)\\text\{ ?(?P<letter>[A-Za-z]) ?\}")
+_LETTER = re.compile(r"(?P<before>(?:\\(?:cdot|frac) ?\{?|\} ?\{|[\d})\s/])?)\\text\{ ?(?P<letter>[A-Za-z]) ?\}")
 _SCIENTIFIC = re.compile(r"(?<=\d)\s?\\text\{ ?(?:[eE] ?\}\s?\{ ?([+-]?\d+) ?\}|E ?\}\s?([+-]?\d+))")
 _BOXES = re.compile(r"\\(?:boxed|fbox)\s?\{")
 _FUNCTIONS = (
@@ -129,7 +129,9 @@ _ALIASES = (
     (re.compile(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}"), r"\\binom{\1}{\2}"),
     (re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}"), r"\\frac{\1}{\2}"),
     (re.compile(r"\(?\s?\\(?:pmod|bmod|mod|pod)(?![A-Za-z])\s?\{?\s?([0-9A-Za-z]+)\s?\}?(?:\s?\))?"), r"\\pmod{\1}"),
-    (re.compile(r"\(\s?mod\s?(\w+)\s?\)"), r"\\pmod{\1}"),
+    (re.compile(r"(?:\\text\{\s?)?\(\s?mod\s?(\w+)\s?\)(?:\s?\})?"), r"\\pmod{\1}"),
+    (re.compile(r"\\overrightarrow(?![A-Za-z])"), r"\\vec"),
+    (re.compile(r"(?i)\\text\{\s?all reals?(?: numbers?)?\s?\}"), r"\\mathbb{R}"),
     (re.compile(r"(?<=\d)\s?\{,\}\s?(?=\d)"), "."),
     (re.compile(r"\{([^{}]*)\}\s?\^\s?(?:T|\\top|\\text\{T\})(?![A-Za-z])"), r"{\1}^{T}"),
     # Times of day.

@@ -55,7 +55,7 @@ _SUFFIXES = (
         rf"(?<=[\d}})])\s*(?P<unit>(?:square |cubic |sq\.? |cu\.? )?(?:{_PLAIN})(?![A-Za-z])"
         rf"(?:\s*(?:/|per)\s*[A-Za-z]+)?)(?P<power>{_POWER})$"
     ),
-    re.compile(r"(?P<unit>\s*\^\{\\circ\}(?:\s*[CF])?)$"),
+    re.compile(r"(?P<unit>\s*\^\{\\circ\}(?:\s*(?:\\text\{\s*)?[CF]\s*\}?)?)$"),
     re.compile(r"(?<=\d)\s*(?P<unit>\"|'')$"),
 )
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
@@ -87,7 +87,7 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
 def read_unit(text: str) -> Unit | None:
     """Kinds with their exponents, and the size in base units; None if a part of it is no unit."""
     if "\\circ" in text:
-        kind = {"C": "celsius", "F": "fahrenheit"}.get(text.strip()[-1], "angle")
+        kind = {"C": "celsius", "F": "fahrenheit"}.get(text.strip(" }")[-1], "angle")
         return ((kind, 1),), Fraction(1)
     text = text.replace('"', "in").replace("''", "in")
     text = re.sub(r"\\frac\{(.*?\}(?:\^\{\d\})?)\s*\}\{(.*)\}$", r"\1 / \2", text)
