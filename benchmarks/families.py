@@ -85,7 +85,7 @@ def outcome_of(family: str, folder: Path) -> dict[str, Any]:
         return about | refusal(code, out, err, left=run.exists())
     code, _, err = forked(lambda: judged(model, run, folder), folder / "judge")
     if code:
-        return about | {"outcome": "wrong", "reason": f"the judge failed: {last_line(err)}"}
+        return about | {"outcome": "wrong", "reason": f"its checkpoint or record does not open: {last_line(err)}"}
     return about | verdict(json.loads(text_of(folder / "gaps.json")), about["notes"])
 
 
@@ -187,7 +187,7 @@ def text_of(path: Path) -> str:
 
 def last_line(text: str) -> str:
     lines = text.strip().splitlines()
-    return lines[-1][:300] if lines else ""
+    return lines[-1][:200] if lines else ""
 
 
 # The command

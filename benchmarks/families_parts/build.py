@@ -35,13 +35,17 @@ def build(family: str, directory: Path) -> dict[str, Any]:
     """Write the model of `family` and say what it is. Raises CannotBuild."""
     try:
         model = tiny_model(family)
+        model.save_pretrained(directory)
+        tiny_config(family).save_pretrained(directory)  # as on the hub: images and all, if that is what it has
+        opened, loading = AutoModelForCausalLM.from_pretrained(
+            directory, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
         with torch.no_grad():
-            logits = model(torch.arange(24)[None], use_cache=False).logits
+            logits = opened.eval()(torch.arange(24)[None], use_cache=False).logits
     except Exception as error:  # a model's code may raise anything
         raise CannotBuild(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
-    if logits.shape != (1, 24, VOCABULARY) or not logits.isfinite().all():
-        raise CannotBuild(f"its own forward pass gives logits {tuple(logits.shape)}, or none that are finite")
-    model.save_pretrained(directory)
+    if logits.shape != (1, 24, VOCABULARY) or not logits.isfinite().all() or loading["missing_keys"]:
+        raise CannotBuild(f"saved and opened again it gives logits {tuple(logits.shape)}, or none that are finite")
     save_tokenizer(directory)
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
