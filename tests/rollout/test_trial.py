@@ -173,3 +173,18 @@ def test_with_blocks_and_threads_as_it_will_be_used():
     found = choose_ways(broken, truth_of(name), False, [list(range(3, 119))])
     assert found.ways == Ways(shortcuts=False)
     assert gap_of(name, broken.changed(ways=found.ways)).largest < 2e-5
+
+
+def test_a_run_that_goes_on_is_sampled_as_before():
+    """While that is close; else numbers would change in the middle of a run, as at the edge of the tolerance."""
+    sampler, found = tried("llama")
+    assert found.ways == Ways()
+    prompts = [list(range(3, 119))]
+    slower = Ways(shortcuts=False, mask=True)
+    again = choose_ways(sampler, truth_of("llama"), False, prompts, slower)
+    assert (again.ways, again.exact) == (slower, True)
+    assert again.notes() == ["note: this model is sampled with a mask throughout: as before"]
+    near = choose_ways(sampler, lambda *row: truth_of("llama")(*row) + 1e-3, False, prompts, slower)
+    assert (near.ways, near.exact) == (slower, False)
+    far = choose_ways(sampler, lambda *row: truth_of("llama")(*row) + 0.05, False, prompts, slower)
+    assert (far.ways, far.exact) == (Ways(), False)

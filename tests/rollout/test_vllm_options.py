@@ -136,13 +136,14 @@ def test_the_engine_sleeps_while_the_trainer_scores_at_the_start(monkeypatch):
     for device, packed, float32 in (("cpu", True, False), ("cuda", True, True), ("cuda", False, False)):
         policy = SimpleNamespace(dtype="bfloat16", stop_ids=[1], model=SimpleNamespace(device=torch.device(device)))
         scorer = SimpleNamespace(packed=packed)
-        _, check, notes = samplers.make_sampler(config, policy, scorer, [[1], [2]], None, None, 77)
+        made = samplers.make_sampler(config, policy, scorer, [[1], [2]], None, None, 77)
         assert engine.calls == ["generate", "sleep", "score", "score"]
         assert settings["reserved"] == 77
         assert settings["float32_logits"] is float32  # where the trainer's own are
-        assert check.half
-        assert check.gpu is (device == "cuda")
-        assert notes[0] == "a note"
+        assert made.check.half
+        assert made.check.gpu is (device == "cuda")
+        assert made.notes[0] == "a note"
+        assert made.ways is None
         engine.calls.clear()
 
 

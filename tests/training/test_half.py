@@ -61,8 +61,9 @@ def test_a_sampler_that_samples_another_policy_is_found_out():
     policy = load_policy(config.model)
     scorer = Scorer(policy.model, 1.0, True, packed=True)
     prompts = [[5, 6, 7], [8, 9]]
-    sampler, check, notes = make_sampler(config, policy, scorer, prompts, Workers(), lambda *_: None, 0)
-    assert notes == []
+    made = make_sampler(config, policy, scorer, prompts, Workers(), lambda *_: None, 0)
+    sampler, check = made.sampler, made.check
+    assert made.notes == []
     assert sampler.cache_dtype == torch.bfloat16
     groups = sampler.sample(prompts, 2, (0,))
     assert check(prompts, groups)["sampler_gap_mean"] < 0.05

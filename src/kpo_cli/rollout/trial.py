@@ -30,7 +30,8 @@ STOP_EVERY = 6
 """One token of so many ends a response, so that they end at different times."""
 TOLERANCE = 1e-4
 """Between log-probs, nats. Where float32 rounds by more, as in a deep model, float64 has to decide."""
-
+AS_BEFORE = "as before"
+"""Why a resumed run is sampled in a way, where no faster one was tried."""
 NEARLY = 2
 """Where none is exact, a way that is off by so many times what another is, is as good if it is faster."""
 
@@ -64,16 +65,19 @@ class Trial:
         ]
 
 
-def choose_ways(sampler: HFSampler, score: Score, half: bool, prompts: Sequence[list[int]]) -> Trial:
+def choose_ways(
+    sampler: HFSampler, score: Score, half: bool, prompts: Sequence[list[int]], before: Ways | None = None
+) -> Trial:
     """The fastest of the ways in which `sampler` gives the log-probabilities of `score`, a trainer's in float32.
 
     `half`: the policy computes in bfloat16; it is tried in float32 all the same, unless it has adapters, whose weights
     are in bfloat16. Tokens are those of `prompts`. A way that is a little off is taken before one without a cache.
-    Raises UserError if there is none.
+    `before` is how a run that goes on sampled: it stays so while it is close, since with another its numbers would
+    change in the middle. Raises UserError if there is none.
     """
     rounded = half and bool(adapted(sampler.model))
     with short_windows(sampler.model), _in_float32(sampler.model, half and not rounded):
-        return _Trials(sampler, score, prompts, rounded).choose()
+        return _Trials(sampler, score, prompts, rounded).choose(before)
 
 
 class _Trials:
@@ -97,11 +101,11 @@ class _Trials:
         """In float64, once: what is not rounding in one way is hardly so in another."""
         self.scored: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
 
-    def choose(self) -> Trial:
+    def choose(self, before: Ways | None) -> Trial:
         tried: dict[Ways, Gap] = {}
         failed: dict[Ways, str] = {}
-        for ways in (*self._cached(), REREADING):
-            if ways == REREADING and any(gap.mean <= CLOSE for gap in tried.values()):
+        for ways in dict.fromkeys([*([] if before is None else [before]), *self._cached(), REREADING]):
+            if ways == REREADING != before and any(gap.mean <= CLOSE for gap in tried.values()):
                 break
             try:
                 gap = tried[ways] = self._gap(ways)
@@ -110,6 +114,8 @@ class _Trials:
                 continue
             if self._is_rounding(ways, gap):
                 return Trial(ways, gap, exact=True, because=_why(Ways(), tried, failed))
+            if ways == before and gap.mean <= CLOSE:
+                return Trial(ways, gap, exact=False, because=AS_BEFORE)
         # A plain pass that is off by however little looks ahead: no weights make up for tokens that are not there yet.
         cached = {ways: gap for ways, gap in tried.items() if ways.cache}
         least = min((gap.mean for gap in cached.values()), default=torch.inf)
@@ -163,7 +169,9 @@ def _why(ways: Ways, tried: dict[Ways, Gap], failed: dict[Ways, str]) -> str:
     """What is wrong with one of them, in words."""
     if ways in failed:
         return failed[ways]
-    return f"log-probabilities differ from those of a plain forward pass by {tried[ways]}" if ways in tried else ""
+    if ways not in tried:
+        return AS_BEFORE
+    return f"log-probabilities differ from those of a plain forward pass by {tried[ways]}"
 
 
 @contextmanager

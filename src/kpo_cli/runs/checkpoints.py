@@ -49,6 +49,8 @@ class Progress:
     """Of a micro-batch, where they had to be lowered for want of memory."""
     distrusted: bool = False
     """The sampler's log-probabilities were seen not to be the trainer's: they do not serve as old ones."""
+    ways: dict[str, bool] | None = None
+    """How the training weights themselves are sampled from (rollout/ways.py); None where an engine samples."""
 
     @property
     def label(self) -> str:

@@ -19,6 +19,7 @@ from kpo_cli.policy.lora import merge_in_forward, without_adapters
 from kpo_cli.policy.memory import max_tokens
 from kpo_cli.policy.scorer import Scorer
 from kpo_cli.rollout.engine import choose_engine
+from kpo_cli.rollout.ways import Ways
 from kpo_cli.runs.checkpoints import Progress, restore
 from kpo_cli.training.check import check_context
 from kpo_cli.training.describe import notes_of
@@ -78,7 +79,9 @@ def assemble(
     # Last: on a GPU the engine takes its share of what everything else has left.
     ids = [prompt.token_ids for prompt in train_prompts]
     reserved = reserved_bytes(config, policy.model, updater.optimizer)
-    made = make_sampler(config, policy, scorer, ids, workers, display.sampled, reserved)
+    before = None if progress.ways is None else Ways(**progress.ways)
+    made = make_sampler(config, policy, scorer, ids, workers, display.sampled, reserved, before)
+    progress.ways = None if made.ways is None else dataclasses.asdict(made.ways)
     updater.watched = made.check is None
     updater.sampler_log_probs = updater.watched and trainer.old_log_probs == "auto"
     if updater.watched and not made.serves:

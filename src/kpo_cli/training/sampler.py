@@ -21,6 +21,7 @@ from kpo_cli.rollout.engine import VLLMEngine, free_memory, given_bytes, gpu_nee
 from kpo_cli.rollout.hf import Report
 from kpo_cli.rollout.room import MOMENTS, choose_offload
 from kpo_cli.rollout.trial import choose_ways
+from kpo_cli.rollout.ways import Ways
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Made:
     serves: bool
     """Its log-probabilities were seen to be the trainer's but for float32 rounding."""
     notes: list[str]
+    ways: Ways | None = None
+    """Of the training weights themselves."""
 
 
 def make_sampler(
@@ -43,11 +46,12 @@ def make_sampler(
     workers: Workers,
     progress: Report,
     reserved: int,
+    before: Ways | None = None,
 ) -> Made:
     """The configured sampler, tried on a few of the `prompts`, or on made-up ones of their tokens.
 
-    An engine leaves `reserved` bytes of a GPU to the trainer, beside what it holds already. Raises UserError if it does
-    not start, or does not give the trainer's log-probabilities.
+    `before` is how a run that is resumed sampled. An engine leaves `reserved` bytes of a GPU to the trainer, beside
+    what it holds already. Raises UserError if it does not start, or does not give the trainer's log-probabilities.
     """
     rollout, half = config.rollout, policy.dtype == "bfloat16"
     if rollout.name != "vllm":
@@ -61,10 +65,11 @@ def make_sampler(
             workers=workers,
             progress=progress,
         )
-        found = choose_ways(own, trainer_score(dataclasses.replace(scorer, half=False)), half, prompts)
+        score = trainer_score(dataclasses.replace(scorer, half=False))
+        found = choose_ways(own, score, half, prompts, before)
         # In bfloat16 a token by itself is not rounded as it is among others.
         check = SamplerCheck(trainer_score(scorer), half) if half else None
-        return Made(own.changed(ways=found.ways), check, found.serves and not half, found.notes())
+        return Made(own.changed(ways=found.ways), check, found.serves and not half, found.notes(), found.ways)
     engine = VLLMEngine(
         policy,
         max_length=rollout.max_prompt_tokens + rollout.max_response_tokens,
