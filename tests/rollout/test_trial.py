@@ -186,5 +186,3 @@ def test_a_run_that_goes_on_is_sampled_as_before():
     assert again.notes() == ["note: this model is sampled with a mask throughout: as before"]
     near = choose_ways(sampler, lambda *row: truth_of("llama")(*row) + 1e-3, False, prompts, slower)
     assert (near.ways, near.exact) == (slower, False)
-    far = choose_ways(sampler, lambda *row: truth_of("llama")(*row) + 0.05, False, prompts, slower)
-    assert (far.ways, far.exact) == (Ways(), False)
