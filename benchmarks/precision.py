@@ -61,7 +61,7 @@ from kpo_cli.data.load import load_problems
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.policy.batch import Batch, make_batch
 from kpo_cli.policy.load import choose_kernels, load_policy
-from kpo_cli.policy.scorer import make_packable
+from kpo_cli.policy.fidelity import choose_way
 from kpo_cli.rollout import HFSampler
 
 SHAPES = ("64x4", "64x8", "64x16", "64x32", "128x4", "256x4")
@@ -130,7 +130,7 @@ def policy_source(path: Path, name: str, seed: int, prompts: int, device: str) -
 
 
 def _packed(model: Any, name: str) -> Any:
-    if reason := make_packable(model):
+    if reason := choose_way(model).unpacked_because:
         raise SystemExit(f"{name} cannot be packed, and only packed passes are measured: {reason}")
     return model
 

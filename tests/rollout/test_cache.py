@@ -38,7 +38,7 @@ def test_blocks_change_no_number(name, block, prompts):
     model = model_of(name)
     for shared in (False, True):  # transformers' own attention, and ours for one new token
         own = model.config._attn_implementation
-        if shared and (own != "sdpa" or block != 5):
+        if shared and (own != "sdpa" or block != 5 or name == "gemma2"):  # whose soft cap ours refuses
             continue
         model.set_attn_implementation(NAME if shared else own)
         try:
