@@ -60,8 +60,8 @@ from kpo_cli.core import Objective, group_normalised, load_objective
 from kpo_cli.data.load import load_problems
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.policy.batch import Batch, make_batch
-from kpo_cli.policy.load import choose_kernels, load_policy
 from kpo_cli.policy.fidelity import choose_way
+from kpo_cli.policy.load import choose_kernels, load_policy
 from kpo_cli.rollout import HFSampler
 
 SHAPES = ("64x4", "64x8", "64x16", "64x32", "128x4", "256x4")
