@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +176,29 @@ def lines(results: Path) -> list[dict[str, Any]]:
 
 
 def tables(found: list[dict[str, Any]]) -> str:
-    """Markdown: verdicts by kind, and the size or power of each claim."""
-    text = ["| data | sets | order in time | no order seen | cannot tell | drift | no drift seen | not determined |"]
+    """Markdown: each claim with its size and power, and the verdicts by kind of data."""
+    ordered = [kind for kind in KINDS if kind not in (*ORDERLESS, "identical")]
+    independent = [kind for kind in ORDERLESS if kind != "a shift a response"]
+    inside = [line["q_inside"] for line in found if line.get("q_inside") is not None]
+
+    def rate(key: str, verdict: Any, kinds: Iterable[str]) -> str:
+        own = [line[key] == verdict for line in found if line["kind"] in kinds and key in line]
+        return f"{share(sum(own), len(own))} of {len(own)}"
+
+    text = ["| claim | level | said of data where it is wrong | said of data where it is right |", "|---|---|---|---|"]
+    rows = [
+        ("There is order in time", "5%", rate("order", "order", ORDERLESS), rate("order", "order", ordered)),
+        ("No order in time is seen", "-", rate("order", "no order seen", ordered),
+         rate("order", "no order seen", ORDERLESS)),
+        ("a star beside flipped signs", "5%", rate("flipped", True, independent), rate("flipped", True, ordered)),
+        ("There is a drift", "5%", rate("drift", "drift", DRIFTLESS), rate("drift", "drift", DRIFTS)),
+        ("No drift is seen", "-", rate("drift", "no drift seen", DRIFTS), rate("drift", "no drift seen", DRIFTLESS)),
+        ("Q lies in its 95% interval", "5%", "", f"{share(sum(inside), len(inside))} of {len(inside)}"),
+        ("All ratios are exactly 1", "exact", rate("order", "all ratios 1", {*KINDS} - {"identical"}),
+         rate("order", "all ratios 1", ["identical"])),
+    ]  # fmt: skip
+    text += [f"| {' | '.join(row)} |" for row in rows]
+    text += ["", "| data | sets | order | no order seen | cannot tell | drift | no drift seen | not determined |"]
     text += ["|---|---|---|---|---|---|---|---|"]
     for kind in KINDS:
         own = [line for line in found if line["kind"] == kind]
@@ -185,13 +206,6 @@ def tables(found: list[dict[str, Any]]) -> str:
         cells = [order["order"], order["no order seen"], order["cannot tell"]]
         cells += [drift["drift"], drift["no drift seen"], drift["not determined"]]
         text.append(f"| {kind} | {len(own)} | {' | '.join(share(cell, len(own)) for cell in cells)} |")
-    inside = [line["q_inside"] for line in found if line.get("q_inside") is not None]
-    flips = [line["flipped"] for line in found if line["kind"] in ("white", "heavy-tailed", "short", "few prompts")]
-    text += [
-        "",
-        f"Q inside its 95% interval where a drift is said: {share(sum(inside), len(inside))} of {len(inside)}.",
-    ]
-    text += [f"A star beside flipped signs, independent data: {share(sum(flips), len(flips))} of {len(flips)}."]
     return "\n".join(text)
 
 

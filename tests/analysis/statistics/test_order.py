@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,14 +17,19 @@ from claims_of_analyze import DRIFTLESS, DRIFTS, KINDS, ORDERLESS, analysed
 QUICK = ("nulls.draws=39", "filters=[kalman,steady_kalman]", "time_constants=[10]")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@cache
+def made(kind):
+    return analysed(kind, 7, *QUICK)
+
+
+@pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def found(kind):
-    return analysed(kind, 7, *QUICK)
+    return made(kind)
 
 
 def stars(found, null):
@@ -60,17 +66,20 @@ def test_no_verdict_contradicts_its_tables(kind, found):
     assert best[0] == "constant noise" or best[1] in text
 
 
-def test_verdicts_find_what_is_there_and_nothing_else(kind, found):
+def test_verdicts_find_what_is_there_and_no_drift_where_none_is(kind, found):
     text = found["summary"]
-    if kind in ORDERLESS:
-        assert "There is order in time" not in text
-    elif kind != "identical":
+    if kind not in (*ORDERLESS, "identical"):
         assert "There is order in time" in text
     if kind in DRIFTLESS or kind == "identical":
         assert "There is a drift" not in text
     if kind in DRIFTS:
         low, high = found["noise"]["drift"]["q_interval"]
         assert low < DRIFTS[kind] < high
+
+
+def test_false_alarms_are_rare():
+    """Each of five kinds without order has one in 20; two of them together are one in 50."""
+    assert sum("There is order in time" in made(kind)["summary"] for kind in ORDERLESS) <= 1
 
 
 def test_an_autoregression_is_seen_with_twenty_draws():
