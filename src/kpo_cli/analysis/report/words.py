@@ -195,5 +195,5 @@ def _mismatch(m: dict[str, Any] | None) -> str:
             f"Between sampler and trainer log-probabilities differ by {spread} (standard deviation), apart from drift."
         )
     times = m["drift_std"] / m["std"]
-    compared = f"1/{times:,.0f} of the drift" if times >= 2 else f"{1 / times:.2g} times the drift"
+    compared = f"1/{times:,.0f} of that of z" if times >= 2 else f"{1 / times:.2g} times that of z"
     return f"Sampler and trainer differ by {spread} (standard deviation of log pi_old - log mu), {compared}."
