@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from families_parts.build import CannotBuild, build, write_problems  # noqa: E402
-from families_parts.judge import SPREAD, TOLERANCE, gap_of  # noqa: E402
+from families_parts.judge import SPREAD, Gap, gap_of  # noqa: E402
 from families_parts.table import written  # noqa: E402
 
 SECONDS = 180
@@ -49,8 +49,8 @@ OVERRIDES = (
     *("rollout=hf", "rollout.max_prompt_tokens=64", "rollout.max_response_tokens=40"),
 )
 """Several mini-batches, weights that move, and all that the judge reads."""
-UNNAMED = "check that it is a causal language model"
-"""The advice of a refusal that names nothing."""
+UNNAMED = re.compile(r"check that it is a causal language model|^rollout\.")
+"""Refusals that name nothing, or a setting of the run that is no reason."""
 TELLING = re.compile(r"padded|sampl|attention|micro-batch|experts")
 """Notes of a run that say how it computes."""
 TOLD = re.compile(r"sampl.* (other log-probabilities|log-probabilities differ)")
@@ -86,7 +86,7 @@ def outcome_of(family: str, folder: Path) -> dict[str, Any]:
     code, _, err = forked(lambda: judged(model, run, folder), folder / "judge")
     if code:
         return about | {"outcome": "wrong", "reason": f"its checkpoint or record does not open: {last_line(err)}"}
-    return about | verdict(json.loads(text_of(folder / "gaps.json")), about["notes"])
+    return about | verdict([Gap(**gap) for gap in json.loads(text_of(folder / "gaps.json"))], about["notes"])
 
 
 def refusal(code: int, out: str, err: str, left: bool) -> dict[str, Any]:
@@ -94,25 +94,31 @@ def refusal(code: int, out: str, err: str, left: bool) -> dict[str, Any]:
     lines = err.strip().splitlines()
     if code == 2 and len(lines) == 1 and lines[0].startswith("kpo: ") and not left:
         reason = re.sub(r"model\.path=\S+", "model.path", lines[0].removeprefix("kpo: "))
-        return {"outcome": "wrong" if UNNAMED in reason else "refused", "reason": reason}
+        return {"outcome": "wrong" if UNNAMED.search(reason) else "refused", "reason": reason}
     what = f"exit code {code}" + (", a run directory left" if left else "")
     return {"outcome": "wrong", "reason": f"{what}: {last_line(err) or last_line(out)}"}
 
 
-def verdict(gaps: list[dict[str, Any]], notes: Sequence[str]) -> dict[str, Any]:
+def verdict(gaps: Sequence[Gap], notes: Sequence[str]) -> dict[str, Any]:
     """Trained, if every recorded step has the untouched model's log-probabilities, or the trainer's are and the run
     said that the sampler's are not."""
-    sampler, trainer = (largest(gap[name] for gap in gaps) for name in ("sampler", "trainer"))
+    numbers = {
+        "sampler_gap": largest(gap.sampler for gap in gaps),
+        "trainer_gap": largest(gap.trainer for gap in gaps),
+        "spread": min(gap.spread for gap in gaps),
+        "lengths": [min(gap.lengths[0] for gap in gaps), max(gap.lengths[1] for gap in gaps)],
+        "rounding": max(gap.rounding for gap in gaps),
+    }
     told = any(TOLD.search(note) for note in notes)
-    numbers = {"sampler_gap": sampler, "trainer_gap": trainer, "spread": min(gap["spread"] for gap in gaps)}
-    numbers["lengths"] = [min(gap["lengths"][0] for gap in gaps), max(gap["lengths"][1] for gap in gaps)]
-    if not trainer <= TOLERANCE:
-        return numbers | {"outcome": "wrong", "reason": f"the trainer's log-probabilities are off by {trainer:.2g}"}
-    if not sampler <= TOLERANCE and not told:
-        return numbers | {"outcome": "wrong", "reason": f"the sampler's log-probabilities are off by {sampler:.2g}"}
-    if numbers["spread"] < SPREAD:
-        return numbers | {"outcome": "wrong", "reason": f"too uniform to tell, spread {numbers['spread']:.2g}"}
-    return numbers | {"outcome": "trained", "reason": ""}
+    trainer, sampler = (all(getattr(g, who) <= g.allowed for g in gaps) for who in ("trainer", "sampler"))
+    reason = ""
+    if not trainer:
+        reason = f"the trainer's log-probabilities are off by {numbers['trainer_gap']:.2g}"
+    elif not sampler and not told:
+        reason = f"the sampler's log-probabilities are off by {numbers['sampler_gap']:.2g}"
+    elif numbers["spread"] < SPREAD:
+        reason = f"too uniform to tell, spread {numbers['spread']:.2g}"
+    return numbers | {"outcome": "wrong" if reason else "trained", "reason": reason, "used": sampler}
 
 
 def largest(values: Any) -> float:

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from kpo_cli.runs.ratios import Ratios, read_ratios
 
 TOLERANCE = 1e-4
+ROUNDINGS, MOST = 4, 1e-2
+"""Where the untouched model itself rounds by more, so many times that, up to so many nats, is no gap."""
 SPREAD = 0.3
 """Of the log-probabilities, at least, or the model says nothing and its gaps neither."""
 
@@ -29,6 +31,12 @@ class Gap:
     """Standard deviation of the untouched model's."""
     lengths: tuple[int, int]
     """Of the responses: shortest and longest."""
+    rounding: float
+    """Largest difference of the untouched model from itself in float64; 0 where nobody needs to know."""
+
+    @property
+    def allowed(self) -> float:
+        return max(TOLERANCE, min(ROUNDINGS * self.rounding, MOST))
 
 
 def gap_of(run: Path, step: int, weights: Path) -> Gap:
@@ -42,8 +50,17 @@ def gap_of(run: Path, step: int, weights: Path) -> Gap:
         count = len(truth)
         sampler = worse(sampler, truth, record.rollout_log_probs[row, :count])
         trainer = worse(trainer, truth, record.old_log_probs[row, :count])
-    lengths = record.lengths
-    return Gap(sampler, trainer, float(torch.cat(truths).std()), (int(lengths.min()), int(lengths.max())))
+    rounding = 0.0 if max(sampler, trainer) <= TOLERANCE else rounding_of(model, record, truths)
+    lengths = int(record.lengths.min()), int(record.lengths.max())
+    return Gap(sampler, trainer, float(torch.cat(truths).std()), lengths, rounding)
+
+
+def rounding_of(model: Any, record: Ratios, truths: list[Tensor]) -> float:
+    """How far `truths`, in float32, are from the same model's in float64, which it is from here on."""
+    if model.config._experts_implementation is not None:
+        model.set_experts_implementation("eager")  # a grouped product has no float64
+    model.double()
+    return max(float((untouched(model, record, row) - truth).abs().max()) for row, truth in enumerate(truths))
 
 
 @torch.no_grad()

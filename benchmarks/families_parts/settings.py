@@ -51,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
     "longcat_flash": {"head_dim": 8, "expert_ffn_hidden_size": 48, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "time_step_rank": 8},
+    "minicpm3": {"dim_model_base": 64},
     "mellum": SLIDING,
     "ministral": {"head_dim": 16},
     "nemotron": GROUPED,

@@ -3,8 +3,6 @@
 import re
 from typing import Any
 
-from families_parts.judge import TOLERANCE
-
 BEGIN, END = "<!-- families: written by the command above -->", "<!-- end of families -->"
 Line = dict[str, Any]
 
@@ -50,14 +48,15 @@ def scored(line: Line) -> str:
 def sampled(line: Line) -> str:
     """How responses were, by the run's own notes, and whether their log-probabilities were the trainer's."""
     way = re.search(r"is sampled ([^,:]+)", " ".join(line["notes"]))
-    other = "" if line["sampler_gap"] <= TOLERANCE else "; not used"
+    other = "" if line["used"] else "; not used"
     return (way[1] if way else "with a cache") + other
 
 
 def trained(line: Line) -> tuple[str, ...]:
     layers = ", ".join(line["layers"]).replace("_attention", "").replace("_", " ") or "full"
     gaps = f"{line['sampler_gap']:.0e}", f"{line['trainer_gap']:.0e}"
-    return (f"`{line['family']}`", layers, scored(line), sampled(line), *gaps)
+    rounding = f"{line['rounding']:.0e}" if line["rounding"] else ""
+    return (f"`{line['family']}`", layers, scored(line), sampled(line), *gaps, rounding)
 
 
 def failed(line: Line) -> tuple[str, ...]:
@@ -65,7 +64,7 @@ def failed(line: Line) -> tuple[str, ...]:
 
 
 HEADS = {
-    "trained": ("family", "attention layers", "scored", "sampled", "sampler's gap", "trainer's gap"),
+    "trained": ("family", "attention layers", "scored", "sampled", "sampler's gap", "trainer's gap", "its own"),
     "refused": ("family", "what kpo says"),
     "wrong": ("family", "what is wrong"),
     "not built": ("family", "why there is no tiny model of it here"),

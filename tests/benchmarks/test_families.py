@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ sys.path.append(str(BENCHMARKS))  # at the end: its names are plain ones
 
 import families  # noqa: E402
 from families_parts.build import tiny_model  # noqa: E402
-from families_parts.judge import TOLERANCE, gap_of  # noqa: E402
+from families_parts.judge import MOST, TOLERANCE, Gap, gap_of  # noqa: E402
 from families_parts.shrink import LAYERS, layer_lists  # noqa: E402
 from families_parts.table import BEGIN, END, HEADS, counts, written  # noqa: E402
 
@@ -139,9 +140,11 @@ def test_the_judge_sees_other_weights_and_other_numbers(trained_run: Path):
     from safetensors.torch import save_file
 
     model, run = trained_run / "model", trained_run / "run"
-    assert max(gap_of(run, 1, model).trainer, gap_of(run, 1, model).sampler) < TOLERANCE
+    fresh = gap_of(run, 1, model)
+    assert max(fresh.trainer, fresh.sampler) < TOLERANCE
     stale = gap_of(run, 2, model)
     assert min(stale.trainer, stale.sampler) > 100 * TOLERANCE  # weights of one step before
+    assert 0 < stale.rounding < TOLERANCE / 4
     path = run / "ratios/step-000001.safetensors"
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
@@ -151,7 +154,7 @@ def test_the_judge_sees_other_weights_and_other_numbers(trained_run: Path):
     assert altered.trainer > TOLERANCE > altered.sampler
 
 
-GOOD = {"sampler": 1e-6, "trainer": 1e-6, "spread": 2.0, "lengths": (1, 40)}
+GOOD = Gap(sampler=1e-6, trainer=1e-6, spread=2.0, lengths=(1, 40), rounding=0.0)
 TOLD = ["warning: sampled token by token this model says other log-probabilities than in one pass over a text"]
 NOTES = [
     "warning: this model's forward passes are padded, not packed (its attention is eager): each row takes longer",
@@ -170,10 +173,14 @@ NOTES = [
         ({"sampler": 2e-4}, TOLD, "trained"),
         ({"sampler": float("nan")}, [], "wrong"),
         ({"spread": 0.01}, [], "wrong"),
+        ({"trainer": 3e-4, "rounding": 1e-4}, [], "trained"),
+        ({"trainer": 5e-4, "rounding": 1e-4}, [], "wrong"),
+        ({"sampler": 1.1 * MOST, "rounding": 1.0}, [], "wrong"),
     ],
 )
 def test_a_verdict_is_of_the_worst_step(change: dict[str, Any], notes: list[str], outcome: str):
-    for gaps in ([GOOD, GOOD | change], [GOOD | change, GOOD]):
+    bad = replace(GOOD, **change)
+    for gaps in ([GOOD, bad], [bad, GOOD]):
         assert families.verdict(gaps, notes)["outcome"] == outcome
 
 
@@ -185,7 +192,13 @@ def test_a_verdict_is_of_the_worst_step(change: dict[str, Any], notes: list[str]
         (1, "kpo: model.path=/a/b cannot be sampled from: it has no attention", False, "wrong"),
         (2, "a warning\nkpo: it has no attention", False, "wrong"),
         (1, "Traceback (most recent call last):\n  ...\nKeyError: 'x'", False, "wrong"),
-        (2, f"kpo: model.path=/a/b cannot be loaded: KeyError ({families.UNNAMED} for transformers)", False, "wrong"),
+        (
+            2,
+            "kpo: model.path=/a/b: KeyError (check that it is a causal language model)",
+            False,
+            "wrong",
+        ),
+        (2, "kpo: rollout.max_prompt_tokens=64 exceeds the model's context of -1 tokens; lower it", False, "wrong"),
         (-9, "", False, "wrong"),
     ],
 )
@@ -211,11 +224,12 @@ def test_what_takes_too_long_is_ended_with_all_it_started(tmp_path: Path, monkey
 
 
 def test_tables_hold_what_the_lines_say():
-    line = {"family": "x", "layers": ["full_attention"], "notes": [], "sampler_gap": 1e-6, "trainer_gap": 2e-6}
-    slow = {"family": "z", "layers": ["linear_attention"], "notes": NOTES, "sampler_gap": 0.3, "trainer_gap": 2e-6}
+    line = {"family": "x", "layers": ["full_attention"], "notes": []} | families.verdict([GOOD], [])
+    other = families.verdict([replace(GOOD, sampler=0.3, rounding=2e-4)], TOLD)
+    slow = {"family": "z", "layers": ["linear_attention"], "notes": NOTES} | other
     refused = {"family": "y", "outcome": "refused", "reason": "no a|b"}
-    page = written(f"{BEGIN}{END}", [line | {"outcome": "trained"}, refused, slow | {"outcome": "trained"}])
+    page = written(f"{BEGIN}{END}", [line, refused, slow])
     assert "Of 3 families **2 train** and **1 are refused**; 0 do neither. 0 more" in page
-    assert "| `x` | full | packed | with a cache | 1e-06 | 2e-06 |" in page
-    assert "| `z` | linear | padded, eager | without a cache; not used | 3e-01 | 2e-06 |" in page
+    assert "| `x` | full | packed | with a cache | 1e-06 | 1e-06 |  |" in page
+    assert "| `z` | linear | padded, eager | without a cache; not used | 3e-01 | 1e-06 | 2e-04 |" in page
     assert "| `y` | no a/b |" in page
