@@ -44,7 +44,7 @@ SMALL = [
 SHORTER = {
     "train": ["trainer.steps=2", *SMALL],
     "eval": ["eval.n=1", "eval.limit=4", "eval.max_tokens=8"],
-    "analyze": ["nulls.draws=20", "nulls.tokens=2000", "bootstrap=20", "report=false"],
+    "analyze": ["nulls.draws=20", "nulls.tokens=2000", "report=false"],
 }
 STEPS = 10
 """Of the runs that are there."""

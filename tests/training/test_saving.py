@@ -16,7 +16,7 @@ from kpo_cli.config import train_config
 from kpo_cli.errors import RunStopped, UserError
 from kpo_cli.evaluation.subject import _locate
 from kpo_cli.policy.load import load_policy
-from kpo_cli.rollout import HFSampler
+from kpo_cli.rollout import HFSampler, trial
 from kpo_cli.runs import checkpoints as written
 from kpo_cli.runs.checkpoints import checkpoints, newest_checkpoint, resumable_checkpoint
 from kpo_cli.runs.directory import RunDir
@@ -66,9 +66,11 @@ MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 PINNED = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
 EXPLODED = RunStopped("the gradient is not finite")
-# Before step 3 there were four calls of the sampler (two of the first evaluation), and three mini-batches a step.
+# Before step 3 there were four calls of the sampler (two of the first evaluation), those of its trial, and three
+# mini-batches a step.
+STEP_3 = len(trial.PROMPTS) + 5
 PLACES = {
-    "sampling": (HFSampler, "sample", 5, MEMORY, "step 3: out of memory", "step-000002"),
+    "sampling": (HFSampler, "sample", STEP_3, MEMORY, "step 3: out of memory", "step-000002"),
     "moments on their way": (loop, "leave_device", 4, PINNED, "step 3: out of memory", "step-000002"),
     "the grader": (loop, "_grade", 3, MemoryError(), "step 3: out of memory", "step-000002"),
     "old log-probs": (Updater, "_old_log_probs", 6, CUBLAS, "step 3: out of memory", "step-000002"),
@@ -254,7 +256,7 @@ CPU_ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. Defa
 @pytest.mark.parametrize("error", [CPU_ALLOCATOR, MemoryError(), OSError(errno.EIO, "Input/output error")], ids=str)
 def test_a_save_behind_a_failure_that_fails_too_is_one_line(error, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    failing(monkeypatch, HFSampler, "sample", 5, MEMORY)
+    failing(monkeypatch, HFSampler, "sample", STEP_3, MEMORY)
     failing(monkeypatch, saving, "save_checkpoint", 1, error)
     with pytest.raises(RunStopped, match=r"step 3: out of memory; .*saving step-000002 failed as well .*begin again"):
         train(run, *SIZE, "trainer.checkpoint_every=0")

@@ -108,6 +108,7 @@ def test_a_step_is_that_of_the_cross_entropy(job):
         mini_batches=1,
         max_grad_norm=1e9,
         max_tokens=60,  # several micro-batches
+        watched=False,
     )
     record = learner.update(batch)
     assert supervised.loss_of(batch, record) == pytest.approx(expected, rel=1e-5)

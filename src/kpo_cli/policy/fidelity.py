@@ -7,7 +7,7 @@ is made. Nothing is asked of a model's name.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -31,6 +31,10 @@ PROBE_WINDOW = 4
 """Of rows of 7 to 12 tokens."""
 SMALL = 5_000_000
 """Parameters of a model that is copied, to be tried with other weights besides its own."""
+PLAIN_MARKS = ("bos", "eos", "sep", "decoder")
+"""Tokens that every configuration of transformers may name."""
+BOTTOM = 8
+"""Of the parameters, so many of the first are of the first layer, or below it."""
 AS_BEFORE = "as before"
 WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size")
 """What models call the number of tokens that they look back."""
@@ -153,9 +157,18 @@ class _Trial:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.batch = _probe(model.config.get_text_config().vocab_size)
+        vocabulary = model.config.get_text_config().vocab_size
+        self.batch = _probe(vocabulary)
+        if marks := _marks(model.config, vocabulary):
+            marked = _probe(vocabulary, marks)
+            with suppress(Exception):  # some insist on the image that a mark stands for
+                plain_log_probs(model, marked)
+                self.batch = marked
         self.wide_truth: Tensor | None = None
         self.lacking: str | None = None
+        # The small ones, so that little is held for this. One or another may have no part in a plain forward pass.
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.lowest = sorted(learned[:BOTTOM], key=lambda parameter: parameter.numel())[: BOTTOM // 2]
         try:
             self.truth = plain_log_probs(model, self.batch)
         except Exception as error:  # a stranger's model code may raise anything
@@ -178,7 +191,7 @@ class _Trial:
             allowed = tolerance if gap < tolerance else self._rounding(way, gap, tolerance)
             if gap < allowed:
                 with torch.enable_grad():
-                    gap = self._gap(way, self.truth)
+                    gap = self._gap(way, self.truth, backward=True)
             return None if gap < allowed else f"log-probabilities differ by {gap:.2g}"
         except Lacking as error:
             self.lacking = str(error)
@@ -199,14 +212,17 @@ class _Trial:
             return ROUNDING * (gap if single == way else self._gap(single, self.truth))
         return 0.0
 
-    def _gap(self, way: Way, truth: Tensor) -> float:
-        """The largest difference of a log-probability."""
+    def _gap(self, way: Way, truth: Tensor, backward: bool = False) -> float:
+        """The largest difference of a log-probability; `backward`: gradients reach the bottom as well, or it raises."""
         _use(self.model, way)
         scorer, mask = way.scorer(self.model, 1.0), self.batch.response_mask
         values = torch.zeros_like(truth)
         for rows in scorer.split(self.batch, torch.arange(len(mask)), mask.numel() * len(mask)):
             part = self.batch.rows(rows)
-            values[rows, : part.response_mask.shape[1]] = scorer(part)[0].detach().to(truth)
+            log_probs = scorer(part)[0]
+            if backward:
+                torch.autograd.grad(log_probs.sum(), self.lowest, allow_unused=True)
+            values[rows, : part.response_mask.shape[1]] = log_probs.detach().to(truth)
         gaps = torch.where(values == truth, 0.0, (values - truth).abs())[mask.to(truth.device)]
         return float(gaps.nan_to_num(torch.inf).max())
 
@@ -344,12 +360,22 @@ def short_windows(model: Any) -> Iterator[None]:
             setattr(holder, name, window)
 
 
-def _probe(vocabulary: int) -> Batch:
-    """Two prompts with two responses each, of different lengths, of tokens spread over the vocabulary."""
+def _marks(config: Any, vocabulary: int) -> list[int]:
+    """Tokens that a model may treat in a way of its own: Gemma 4 embeds those that stand for an image as padding,
+    outside of its decoder; RoBERTa counts positions without those of padding."""
+    named = ((name, value) for name, value in config.to_dict().items() if name.endswith(("_token_id", "_token_index")))
+    marks = {value for name, value in named if isinstance(value, int) and name.split("_")[0] not in PLAIN_MARKS}
+    return sorted(mark for mark in marks if 0 <= mark < vocabulary)
+
+
+def _probe(vocabulary: int, marks: Sequence[int] = ()) -> Batch:
+    """Two prompts with two responses each, of different lengths, of tokens spread over the vocabulary, and `marks`."""
     draw = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
         return torch.randint(vocabulary, (count,), generator=draw).tolist()
 
-    groups = [[Response(tokens(count), [0.0] * count, True) for count in counts] for counts in ((4, 9), (7, 2))]
+    drawn = [[tokens(count) for count in counts] for counts in ((4, 9), (7, 2))]
+    drawn[0][1][2:2] = marks
+    groups = [[Response(ids, [0.0] * len(ids), True) for ids in group] for group in drawn]
     return make_batch([tokens(3), tokens(5)], groups, torch.zeros(4), torch.zeros(4))

@@ -135,6 +135,7 @@ def load_policy(config: ModelConfig, weights: Path | None = None, before: Way | 
         raise UserError(
             f"model.path={config.path}: its tokenizer has no chat template; set model.chat_template=none for plain text"
         )
+    _check_reloads(config, model)
     stop_ids = _stop_ids(tokenizer, model)
     parameters = sum(p.numel() for p in model.parameters())
     if config.lora.rank:
@@ -169,6 +170,17 @@ def _check_kernels(config: Any) -> None:
         raise UserError(
             f"{config.name_or_path}: its config.json asks for the program {wanted} (attn_implementation), and kpo runs "
             f"none that comes with a model; take that line out"
+        )
+
+
+def _check_reloads(config: ModelConfig, model: Any) -> None:
+    """Raise UserError for the text part of some image models: a checkpoint of it is a model that nobody can open."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"model.path={config.path}: of this model only a part is a language model ({type(model).__name__}), and "
+            f"transformers cannot open that by itself, so no checkpoint of it could be read; take another architecture"
         )
 
 
@@ -329,6 +341,8 @@ def context_of(model: Any) -> tuple[int | None, str]:
     """
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
+    if context is not None and context < 1:  # XLNet's is -1: there is no limit
+        context = None
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # the others are by type of layer
     original = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
