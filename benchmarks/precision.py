@@ -59,12 +59,13 @@ from kpo_cli.analysis.statistics.signs import sign_statistics
 from kpo_cli.core import Objective, group_normalised, load_objective
 from kpo_cli.data.load import load_problems
 from kpo_cli.data.prompts import PromptBuilder
+from kpo_cli.errors import UserError
 from kpo_cli.policy.batch import Batch, make_batch
 from kpo_cli.policy.fidelity import choose_way
 from kpo_cli.policy.load import choose_kernels, load_policy
 from kpo_cli.rollout import HFSampler
 
-SHAPES = ("64x4", "64x8", "64x16", "64x32", "128x4", "256x4")
+SHAPES = ("64x4", "64x8", "64x16", "64x32", "128x8", "256x8")
 BUILTIN = "builtin"
 METHODS: dict[str, Objective] = {
     "grpo": load_objective("grpo"),
@@ -122,7 +123,10 @@ def random_source(shape: str, seed: int, prompts: int, device: str) -> Source:
 def policy_source(path: Path, name: str, seed: int, prompts: int, device: str) -> Source:
     """A model of transformers, asked problems of the built-in task."""
     config = composed(f"model.path='{path}'", f"model.device={device}", "model.dtype=float32", "data=arithmetic")
-    policy = load_policy(config.model)
+    try:
+        policy = load_policy(config.model)
+    except UserError as error:
+        raise SystemExit(f"{name}: {error}") from None
     builder = PromptBuilder(policy.tokenizer, config.model, config.data)
     problems = load_problems(config.data).train[seed * prompts : (seed + 1) * prompts]
     asked = [builder.build(problem).token_ids for problem in problems]
@@ -267,7 +271,16 @@ def _variances(objective: Objective, length: int) -> Tensor:
     return objective.ratio_filter(places, mask, torch.zeros_like(places)).square().sum(0)
 
 
-def spanned(values: Iterable[float | None], shown: Callable[[float], str] = "{:.2g}".format) -> str:
+def number(value: float) -> str:
+    """Two digits, all of those before the point."""
+    return f"{value:.2g}" if abs(value) < 99.5 else f"{value:.0f}"
+
+
+def mebibytes(value: float) -> str:
+    return f"{value / 2**20:.1f}"
+
+
+def spanned(values: Iterable[float | None], shown: Callable[[float], str] = number) -> str:
     """The median over seeds and the range."""
     kept = [value for value in values if value is not None]
     if not kept:
@@ -299,12 +312,12 @@ def tables(records: list[Record]) -> str:
     out += [f"\nError of z, trained masters, lr {least:g}\n", *model_table(shown, "error")]
     out += ["\nThe same: noise behind the filter over that of errors with nothing in common\n", *white_table(shown)]
     titles = {
-        "gradient": "Relative error of the gradient",
-        "seconds": "Seconds for each packed token, forward and backward",
-        "bytes": "MiB beside the masters at the peak of a pass, by count",
+        "gradient": ("Relative error of the gradient", number),
+        "seconds": ("Seconds for each packed token, forward and backward", number),
+        "bytes": ("MiB beside the masters at the peak of a pass, by count", mebibytes),
     }
-    for name, title in titles.items():
-        out += [f"\n{title}\n", *model_table(passes, name, (lambda b: f"{b / 2**20:.1f}") if name == "bytes" else None)]
+    for name, (title, form) in titles.items():
+        out += [f"\n{title}\n", *model_table(passes, name, form)]
     out += [f"\nTimes that float16's loss scale was halved: {max(r['overflows'] for r in passes)} at most"]
     overflown = sum(r.get("overflown", 0) for r in ratios)
     out += [f"Log-ratios that are not finite: {overflown}"]
@@ -355,12 +368,12 @@ def white_table(records: list[Record]) -> list[str]:
     return lines(("arithmetic", *METHODS), rows)
 
 
-def model_table(records: list[Record], value: str, shown: Callable[[float], str] | None = None) -> list[str]:
+def model_table(records: list[Record], value: str, shown: Callable[[float], str] = number) -> list[str]:
     """Arithmetics down, models across."""
     cells = grouped(records, "arithmetic", "model")
     models = list(dict.fromkeys(model for _, model in cells))
     rows = [
-        [name, *(spanned((r.get(value) for r in cells.get((name, m), [])), shown or "{:.2g}".format) for m in models)]
+        [name, *(spanned((r.get(value) for r in cells.get((name, m), [])), shown) for m in models)]
         for name in dict.fromkeys(name for name, _ in cells)
     ]
     return lines(("arithmetic", *models), rows)
@@ -372,7 +385,7 @@ def length_table() -> list[str]:
     for name, objective in METHODS.items():
         gains = [gain(objective, (length,)) for length in LENGTHS]
         limit = TENTH * objective.surrogate.eps_low
-        rows.append([name, *(f"{g:.2g}; {limit / g:.2g}" for g in gains)])
+        rows.append([name, *(f"{number(g)}; {number(limit / g)}" for g in gains)])
     return lines(("method", *(f"{length:,} tokens" for length in LENGTHS)), rows)
 
 

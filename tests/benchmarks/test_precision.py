@@ -311,6 +311,11 @@ def test_rows_that_are_no_groups_are_refused(command, capsys):
     assert "--rows must be a multiple of 4" in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_there_is_one_line(command, tmp_path):
+    with pytest.raises(SystemExit, match="no such model directory"):
+        command("--model", str(tmp_path / "nowhere"))
+
+
 def test_a_seed_is_other_weights_and_a_range_is_shown():
     one, same, other = (precision.random_source("32x1", seed, 2, "cpu") for seed in (0, 0, 1))
     assert torch.equal(one.model.lm_head.weight, same.model.lm_head.weight)
@@ -318,4 +323,5 @@ def test_a_seed_is_other_weights_and_a_range_is_shown():
     assert one.prompts == same.prompts != other.prompts
     assert precision.spanned([0.011, 0.03, 0.02]) == "0.02 (0.011-0.03)"
     assert precision.spanned([0.5, 0.5]) == "0.5"
+    assert precision.spanned([118.4, 118.4, 20.0]) == "118 (20-118)"
     assert precision.spanned([None]) == ""
