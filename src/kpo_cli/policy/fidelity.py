@@ -166,9 +166,8 @@ class _Trial:
                 self.batch = marked
         self.wide_truth: Tensor | None = None
         self.lacking: str | None = None
-        # The small ones, so that little is held for this. One or another may have no part in a plain forward pass.
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.lowest = sorted(learned[:BOTTOM], key=lambda parameter: parameter.numel())[: BOTTOM // 2]
+        self.lowest = sorted(learned[:BOTTOM], key=lambda parameter: parameter.numel())
         try:
             self.truth = plain_log_probs(model, self.batch)
         except Exception as error:  # a stranger's model code may raise anything
@@ -221,10 +220,16 @@ class _Trial:
             part = self.batch.rows(rows)
             log_probs = scorer(part)[0]
             if backward:
-                torch.autograd.grad(log_probs.sum(), self.lowest, allow_unused=True)
+                self._backward(log_probs.sum())
             values[rows, : part.response_mask.shape[1]] = log_probs.detach().to(truth)
         gaps = torch.where(values == truth, 0.0, (values - truth).abs())[mask.to(truth.device)]
         return float(gaps.nan_to_num(torch.inf).max())
+
+    def _backward(self, total: Tensor) -> None:
+        """To the small ones of the lowest parameters, so that little is held; to all, where none has a part in it."""
+        few = torch.autograd.grad(total, self.lowest[: BOTTOM // 2], allow_unused=True, retain_graph=True)
+        if all(gradient is None for gradient in few):
+            torch.autograd.grad(total, self.lowest, allow_unused=True)
 
 
 @torch.no_grad()
