@@ -140,7 +140,7 @@ def write_kind(folder: Path, kind: str, seed: int) -> Path:
 
 def configuration(*overrides: str) -> AnalyzeConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = compose("analyze", ["runs=[RUN]", "bootstrap=0", *overrides])
+        composed = compose("analyze", ["runs=[RUN]", *overrides])
     return analyze_config(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
 
 

@@ -24,7 +24,7 @@ from conftest import REPOSITORY, Result
 from printed import is_test, of_page, printed, words
 
 THERE = {
-    **dict.fromkeys(("RUN", "RUN_A", "run", "DIR", "runs/a", "runs/grpo-1", "runs/kpo0", "runs/long"), "run"),
+    **dict.fromkeys(("RUN", "RUN_A", "run", "DIR", "runs/a", "runs/grpo-1", "runs/kpo0", "runs/long", "plain"), "run"),
     "RUN_B": "other run",
     **dict.fromkeys(("MODEL", "DIRECTORY_OR_HUB_NAME", "twins/qwen3"), "twin"),
     **dict.fromkeys(("FILE.jsonl", "gsm8k_train.jsonl"), "problems.jsonl"),
