@@ -52,6 +52,8 @@ def _without_limits(values: Array, low: float, high: float) -> Array:
 def _jackknife(value: float, without: Array) -> tuple[float, float]:
     squares = (without - without.mean()) ** 2
     count, total = len(without), squares.sum()
+    if not total:  # nothing differs: no spread, and no degrees of freedom to count
+        return value, value
     freedom = min(count - 1.0, max(2.0, total**2 / (squares**2).sum()))
     half = float(stdtrit(freedom, 0.975) * np.sqrt(total * (count - 1) / count))
     return value - half, value + half
