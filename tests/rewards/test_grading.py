@@ -86,6 +86,8 @@ def test_different_answers_are_refused() -> None:
         ("<think>\\boxed{1} and on", None),
         ("\\boxed{-2} \\text{ and } $\\boxed{1}$", "-2, 1"),
         ("\\boxed{7}, or \\boxed{7}", "7"),
+        ("$x = \\boxed{3}$ or $x = \\boxed{5}$", "3, 5"),
+        ("x = \\boxed{3} so x = \\boxed{5}", "5"),
         ("\\boxed{7}, \\boxed{}", ""),
         ("{" * 100_000 + "\\boxed{7}", "7"),
         ("\\boxed{" + "{" * 100_000, None),

@@ -86,7 +86,7 @@ def test_the_limit_is_counted_and_says_so() -> None:
         assert verdict.reason == "limit"
         assert verdict.failed
         assert not verdict.correct
-        assert math.isnan(verdict.reward)
+        assert verdict.reward == 0  # a policy must not gain by it
     # The count is the same whatever the machine does.
     left = []
     for _ in range(2):
@@ -115,6 +115,7 @@ def test_a_fault_of_the_grader_is_no_zero(monkeypatch: pytest.MonkeyPatch) -> No
     (verdict,) = grade_batch([("\\boxed{x+1}", "1+x")])
     assert verdict == Verdict(False, "x+1", "error")
     assert verdict.failed
+    assert math.isnan(verdict.reward)
 
 
 def test_the_precision_of_the_caller_stays() -> None:

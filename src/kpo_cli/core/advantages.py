@@ -27,9 +27,9 @@ def group_normalised(
         raise ValueError(f"group_size={group_size} must be at least 2: an advantage is relative to the group")
     if rewards.dim() != 1 or rewards.numel() % group_size:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not make whole groups of {group_size}")
-    if not bool(rewards.isfinite().all()):
-        row = int((~rewards.isfinite()).nonzero()[0])
-        raise ValueError(f"reward {row} is {float(rewards[row])}; a reward must be a finite number")
+    if bool(rewards.isinf().any()):
+        row = int(rewards.isinf().nonzero()[0])
+        raise ValueError(f"reward {row} is {float(rewards[row])}; a reward must be finite, or NaN where it is unknown")
     groups = rewards.to(torch.float64).view(-1, group_size)
     known = ~groups.isnan()
     lowest, highest = groups.nan_to_num(torch.inf).amin(-1), groups.nan_to_num(-torch.inf).amax(-1)

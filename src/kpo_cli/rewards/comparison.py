@@ -8,6 +8,7 @@ from typing import Any
 from kpo_cli.rewards import equality
 from kpo_cli.rewards.algebra import Node, NotRead, number, read, symbols
 from kpo_cli.rewards.evaluate import Undefined
+from kpo_cli.rewards.normalize import matching_brackets
 from kpo_cli.rewards.numbers import read_number, same_number
 from kpo_cli.rewards.sets import SET_LIKE, SetReader, same_set
 from kpo_cli.rewards.shapes import (
@@ -39,6 +40,8 @@ _BASED = re.compile(
 )
 _BASES = {"two": 2, "eight": 8, "ten": 10, "sixteen": 16}
 _DECIMAL_COMMA = re.compile(r"[+-]?(?:\d+,(?!\d{3}$)\d+|0,\d+)")
+# Names of points, an order of places: no product, whose letters might change theirs.
+_POINTS = re.compile(r"[A-Z]{3,}")
 _ONLY_TEXT = re.compile(r"(?:\\text\{[^{}]*\}\s*)+")
 _LABELLED = re.compile(
     r"(?:\\text\{\s*\(?(?P<text>[A-J])[).:]*\s*\}|\(?(?P<bare>[A-J])(?:\)\s|[.:]))\s*(?P<rest>.+)", re.DOTALL
@@ -50,7 +53,7 @@ _FAMILY = re.compile(
     r"(?:\\in\s*\\mathbb\{Z\}|\\text\{\s*(?:is )?(?:an |any )?integer\s*\})\s*\)?$"
 )
 # What holds for which numbers is a remark, unless it has an equation of its own.
-_CLAUSE = re.compile(r"(?<=[^\s,(])\s*[,(]?\s*\\text\{\s*(?:for|where|with)\b[^{}=]*\}[^=]*$")
+_CLAUSE = re.compile(r"(?<=[^\s,(])\s*[,(]?\s*\\text\{\s*(?:for|where|with)\b(?![^{}]*\bprobability)[^{}=]*\}[^=]*$")
 _TIME = re.compile(r"(?P<hour>\d{1,2})(?::(?P<minute>[0-5]\d))?\s*(?:\\text\{(?P<half>[ap])m\})?")
 _CALL = re.compile(r"(?P<name>[A-Za-z]) ?\((?P<arguments>[A-Za-z](?:, ?[A-Za-z])*)\)")
 
@@ -292,6 +295,8 @@ class Comparison:
             return self._same_scaled(one, two, answer.unit[1] / gold.unit[1])
         if squeeze(one) == squeeze(two):
             return True
+        if (_POINTS.fullmatch(one) and _POINTS.fullmatch(two)) or _bracketed(one) != _bracketed(two):
+            return False
         if _BASED.fullmatch(one) or _BASED.fullmatch(two):
             return _same_digits(one, two)
         ratio, ratio_answer = split_top(one, COLON)[0], split_top(two, COLON)[0]
@@ -353,6 +358,12 @@ def _answer_readings(answer: str, gold: str) -> list[Shape]:
     return readings(answer)
 
 
+def _bracketed(text: str) -> bool:
+    """True for one value in square brackets, which may be the integer part: of an integer it is the integer."""
+    whole = text.startswith("[") and matching_brackets(text).get(0) == len(text) - 1
+    return whole and not re.fullmatch(r"[+-]?\d+", text[1:-1].strip())
+
+
 def _difference(relation: Relation) -> Node:
     """What a relation says is zero, or has a sign."""
     left, right = (read(side) for side in relation.sides)
@@ -376,7 +387,7 @@ def _renamed(relation: Relation, call: re.Match[str]) -> Relation:
 
 
 def _same_digits(gold: str, answer: str) -> bool:
-    """Numbers in a base: the same digits, and the same base unless only one of the two states it."""
+    """Numbers in a base: the same digits and base. A gold without one is decimal; an answer without has the gold's."""
     found = []
     for text in (gold, answer):
         match = _BASED.fullmatch(text)
@@ -386,7 +397,8 @@ def _same_digits(gold: str, answer: str) -> bool:
             return False
         found.append((digits.lstrip("0"), base))
     (digits, base), (other, other_base) = found
-    return digits == other and (base is None or other_base is None or base == other_base)
+    same = other_base in (None, base) or (base is None and (other_base == 10 or len(other) < 2))
+    return digits == other and same
 
 
 def _distinct_names(gold: Group, answer: Group) -> bool:

@@ -8,9 +8,11 @@ AnswerStyle = Literal["boxed", "hash"]
 
 # One token at a time: a box with its brace, TeX's one-token box, an escaped character, or a run of braces.
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s{0,8}(?:(?P<open>\{)|(?P<single>[0-9A-Za-z]))|\\.|\{+|\}+", re.DOTALL)
-# What stands between two boxes of one list: a comma, "and" or "or" amid layout.
+# What stands between two boxes of one list: a comma, "and" or "or" amid layout, and the name of the second ("or x =").
 _LAYOUT = r"(?:[\s$*&]|\\[,;:!\[\]()]|\\q?quad)*"
-_JOINT = re.compile(rf"{_LAYOUT}(?:[,;]|\\text\s?\{{\s*(?:and|or)\s*\}}|and|or|,\s*and|,\s*or){_LAYOUT}")
+_JOINT = re.compile(
+    rf"{_LAYOUT}(?:[,;]|\\text\s?\{{\s*(?:and|or)\s*\}}|and|or|,\s*and|,\s*or){_LAYOUT}(?:[A-Za-z](?:_[0-9])?{_LAYOUT}={_LAYOUT})?"
+)
 _JOINT_LENGTH = 80
 # What ends a turn in the templates of common models: nothing behind it was said to the user.
 _END = re.compile(

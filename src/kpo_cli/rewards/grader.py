@@ -72,7 +72,7 @@ def _compare(gold: str, answer: str, work: Work) -> tuple[bool, str]:
         return False, "unparseable" if comparison.unread else "different"
     except TooLarge:
         return False, "too_large"
-    except (LimitReached, RecursionError, MemoryError):
+    except (LimitReached, RecursionError):
         return False, "limit"
     except TimeReached:
         return False, "timeout"

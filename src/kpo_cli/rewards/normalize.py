@@ -77,7 +77,7 @@ _OTHER_NAMES = {
 }  # fmt: skip
 _NAMED = re.compile(
     rf"\\(?:operatorname\*?|text(?=\s?\{{[^{{}}]*\}}\s?[(_^]|\s?\{{(?!min|max|mod)[^{{}}]*\}}\s?[\dA-Za-z\\]))"
-    rf"\s?\{{ ?({_FUNCTIONS}|{'|'.join(_OTHER_NAMES)}|Re|Im) ?\}}"
+    rf"\s?\{{ ?({_FUNCTIONS}|{'|'.join(_OTHER_NAMES)}|sqrt|Re|Im) ?\}}"
 )
 
 
@@ -134,6 +134,7 @@ _ALIASES = (
     (re.compile(r"(?i)\\text\{\s?all reals?(?: numbers?)?\s?\}"), r"\\mathbb{R}"),
     (re.compile(r"(?<=\d)\s?\{,\}\s?(?=\d)"), "."),
     (re.compile(r"\{([^{}]*)\}\s?\^\s?(?:T|\\top|\\text\{T\})(?![A-Za-z])"), r"{\1}^{T}"),
+    (re.compile(r"(?<=\d)\s?\^\s?\{\s?(?:\\text\{\s?)?(?:st|nd|rd|th)(?:\s?\})?\s?\}"), ""),
     # Times of day.
     (re.compile(r"(?i)(?<=\d)\s?(?:\\text\{\s*)?([ap])\.\s?m\.?(?:\s*\})?(?![A-Za-z])"), _half_day),
     (re.compile(r"(?i)(?<=:\d\d)\s?(?:\\text\{\s*)?([ap])m(?:\s*\})?(?![A-Za-z])"), _half_day),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 FAILURES = frozenset({"limit", "timeout", "error"})
+# How much work an answer takes is its own doing: the same answer meets the limit on every machine.
+_ANSWERS_OWN = "limit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,5 +26,5 @@ class Verdict:
 
     @property
     def reward(self) -> float:
-        """1 for a right answer, 0 for a wrong one, NaN where nothing is known."""
-        return float("nan") if self.failed else float(self.correct)
+        """1 for a right answer, 0 for a wrong one and one past the limit, NaN where the fault is the grader's."""
+        return float("nan") if self.failed and self.reason != _ANSWERS_OWN else float(self.correct)

@@ -26,7 +26,8 @@ _CHANGING = _set(
     "twice thrice squared cubed power root square cube over divided more less fewer greater least most larger "
     "smaller above below under between up until base mod modulo if unless when inverse reciprocal opposite "
     "complement factorial else than isn't aren't doesn't wasn't cannot impossible undefined choose exceeds "
-    "exceeding within imaginary log sine cosine tangent"
+    "exceeding within imaginary log sine cosine tangent sqrt abs absolute floor ceil ceiling multiple multiples "
+    "divisor divisors wrong incorrect false"
 )
 _NEGATIONS = _set("not no non never none nor neither isn't aren't doesn't wasn't cannot except")
 _COPULA = re.compile(r"(?:\b(?:is|are|be|equals)|[:=])\s*$")
@@ -44,11 +45,15 @@ _MARKED = _set(
 )
 _TO_MARK = re.compile(rf"\\text\{{[^{{}}]*\}}|(?<![A-Za-z\\{{])(?:{'|'.join(sorted(_MARKED))})(?![A-Za-z])")
 
+# "18 eggs": words alone behind a number.
+_COUNTED = re.compile(r"(?<=\d) ([a-z]{3,}(?: [a-z]{2,})*)\.?$")
+
 
 def mark_words(text: str) -> str:
     r"""Words and mathematics apart: signs and multipliers as mathematics, everything else in `\text{}`."""
     if not re.search(r"[^\W\d_]{2}|\\text", text):
         return text
+    text = _COUNTED.sub(lambda m: rf" \text{{{m[1]}}}" if is_words(m[1]) else m[0], text)
     text = _TO_MARK.sub(lambda m: m[0] if m[0][0] == "\\" else rf"\text{{{m[0]}}}", text)
     text = _TEXT.sub(lambda m: _explode(m[1]), text)
     text = re.sub(r"\\text\{[\s,]*(and|or)[\s,]*\}", lambda m: AND if m[1] == "and" else OR, text)

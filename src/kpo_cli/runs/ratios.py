@@ -164,8 +164,11 @@ def checked_batch(arrays: dict[str, Any], step: Any) -> Ratios:
             arrays[name] = _token_array(name, array, mask)
         elif array.dtype.kind not in "biuf" and name != "texts":
             raise BadRecord(f"{name} has type {array.dtype}; it must be numbers")
-        elif array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise BadRecord(f"{name} is not a finite number at row {int(np.argmin(np.isfinite(array)))}")
+        elif array.dtype.kind == "f":
+            # No reward is known where the grader failed.
+            known = np.isfinite(array) | (np.isnan(array) if name == "rewards" else False)
+            if not known.all():
+                raise BadRecord(f"{name} is not a finite number at row {int(np.argmin(known))}")
     return Ratios(mask=mask, step=np.broadcast_to(np.asarray(step, np.int64), mask.shape[:1]), **arrays)
 
 

@@ -1,5 +1,6 @@
 """What a run shows: a progress bar on a terminal, plain lines elsewhere."""
 
+import math
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 from kpo_cli.core import kalman_meaning
-from kpo_cli.terminal import make_console, say, show
+from kpo_cli.terminal import counted, make_console, say, show
 
 SILENCE = 60.0
 """Seconds without a line, after which a long sampling phase says where it is."""
@@ -101,7 +102,7 @@ class Display:
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         line = (
-            f"reward {metrics['reward_mean']:.2f}  entropy {metrics['entropy']:.2f}  "
+            f"reward {_reward(metrics)}  entropy {metrics['entropy']:.2f}  "
             f"clip {metrics['clip_fraction_active']:.1%}  length {metrics['response_length_mean']:.0f}  "
             f"{metrics['tokens_per_second']:,.0f} tok/s"
         )
@@ -112,6 +113,13 @@ class Display:
             self.say(f"step {metrics['step']:>4}  {line}  {metrics['time_step']:.1f} s")
         if "accuracy_greedy" in metrics:
             self.evaluated(metrics["step"], metrics)
+
+
+def _reward(metrics: dict[str, Any]) -> str:
+    """The mean reward, and how often the grader failed, where it did."""
+    mean, failures = metrics["reward_mean"], metrics["grader_failures"]
+    shown = "none" if math.isnan(mean) else f"{mean:.2f}"
+    return f"{shown} ({counted(failures, 'grader failure')})" if failures else shown
 
 
 def describe_filter(filter_parameters: dict[str, Any], length: int) -> list[str]:
