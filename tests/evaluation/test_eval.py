@@ -21,6 +21,7 @@ from kpo_cli.evaluation import main
 from kpo_cli.evaluation.main import run
 from kpo_cli.rollout import HFSampler
 from kpo_cli.rollout.hf import nucleus
+from kpo_cli.rollout.trial import PROMPTS
 
 SMALL = ["eval.n=2", "eval.max_tokens=24", "eval.limit=6", "eval.batch_size=4", "benchmarks=[arithmetic]"]
 SHARED = Path(os.environ.get("KPO_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -118,7 +119,7 @@ def _evaluate_until(moment, out):
     def sample(self, *arguments, **keywords):
         nonlocal calls
         calls += 1
-        if calls > moment:
+        if calls > len(PROMPTS) + moment:
             with (out / "samples.jsonl").open("a") as file:
                 file.write('{"subject": "checkpoint", "benchm')
             os.kill(os.getpid(), signal.SIGKILL)
@@ -148,7 +149,7 @@ def test_asked_to_end_it_keeps_what_it_sampled(number, tmp_path, kpo, monkeypatc
 
     def sample(self, *arguments, **keywords):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == len(PROMPTS) + 3:
             os.kill(os.getpid(), number)
         return real(self, *arguments, **keywords)
 
@@ -161,7 +162,7 @@ def test_asked_to_end_it_keeps_what_it_sampled(number, tmp_path, kpo, monkeypatc
     again = kpo("eval", "builtin", *SMALL, "run_dir=a=b")
     assert (again.code, again.err) == (0, "")
     assert rows(tmp_path / "a=b")[: len(kept)] == kept
-    assert len(calls) == 4
+    assert len(calls) == 2 * len(PROMPTS) + 4  # it is tried again before it goes on
 
 
 def test_checkpoints_of_one_name_are_told_apart(trained, tmp_path, capsys):
@@ -283,7 +284,8 @@ def test_other_prompts_are_not_mixed_in(tmp_path, monkeypatch):
     monkeypatch.setattr(HFSampler, "sample", lambda self, ids, *a, **k: sent.extend(ids) or real(self, ids, *a, **k))
     evaluate(tmp_path / "e", "checkpoint=builtin")
     path = tmp_path / "e" / "prompts.jsonl"
-    assert [json.loads(line)["token_ids"] for line in path.read_text().splitlines()] == sent
+    tried = sum(map(len, PROMPTS))
+    assert [json.loads(line)["token_ids"] for line in path.read_text().splitlines()] == sent[tried:]
     path.write_text(path.read_text().replace('"prompt": "', '"prompt": "Now: '))
     with pytest.raises(UserError, match="begun with other prompts"):
         evaluate(tmp_path / "e", "checkpoint=builtin")

@@ -75,8 +75,9 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
     if run_dir is None:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         run_dir = Path("outputs") / "eval" / f"{subjects['checkpoint'].label}-{digest}"
-    asked = [_tried(item, config) for item in asked]
     new = not (run_dir / "config.yaml").is_file()
+    if new:  # what cannot be sampled is refused before anything is made
+        asked = [_tried(item, config) for item in asked]
     with _open(run_dir, new, settings, asked) as out:
         samples = SampleFile(out.path / "samples.jsonl", config.eval.n)
         _keep_prompts(out, asked)
@@ -94,9 +95,12 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
         try:
             for item in asked:
                 missing = [b for b in benchmarks if samples.missing((item.role, b.name), len(b.problems))]
-                with _engine(item, missing, config, console) as engine:
+                ready = _tried(item, config) if missing and not new else item
+                for note in ready.notes[len(item.notes) :]:
+                    say(console, note)
+                with _engine(ready, missing, config, console) as engine:
                     for benchmark in benchmarks:
-                        _sample(item, benchmark, engine, config, samples, console)
+                        _sample(ready, benchmark, engine, config, samples, console)
         except SamplingFailed as error:
             raise RunStopped(f"{error}; the samples made are in {out.path}, the same command goes on") from error
         except UserError:  # the engine did not start
