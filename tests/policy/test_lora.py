@@ -7,17 +7,18 @@ import sys
 import hub_twin
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from small_runs import metrics, raw_config, resume, same_weights
 from transformers import AutoModelForCausalLM
 
-from kpo_cli.config import ModelConfig, convert
+from kpo_cli.config import LoraConfig, ModelConfig, convert
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.config import EvalConfig
 from kpo_cli.evaluation.subject import find_subjects
 from kpo_cli.policy.load import load_policy
-from kpo_cli.policy.lora import adaptable, adapted, merge_in_forward, named_weights, without_adapters
+from kpo_cli.policy.lora import adaptable, adapted, add_adapters, merge_in_forward, named_weights, without_adapters
 from kpo_cli.policy.memory import GIB, check_memory, plan_memory
 from kpo_cli.training.main import run
 
@@ -324,6 +325,34 @@ def test_adapters_without_their_model_say_so(content, message, tmp_path):
 def test_a_resume_refuses_adapters_of_another_rank(trained):
     with pytest.raises(UserError, match="its adapters are not those that"):
         load_policy(model_config(hub_twin.shared_model("qwen3"), rank=8), trained / "checkpoints/step-000002")
+
+
+def tiny(kind, **settings):
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=32, **small, **settings)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+EXPERTS = {"num_key_value_heads": 1, "num_local_experts": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "outside"),
+    [("Phimoe", EXPERTS, 2), ("Llama4Text", {**EXPERTS, "intermediate_size_mlp": 16}, 2), ("Falcon", {}, 1)],
+)
+def test_routers_are_left_out_of_all_linear_layers(kind, settings, outside):
+    """They inherit from nn.Linear and return what they chose; Falcon's layers inherit from it and are linear."""
+    model = tiny(kind, **settings)
+    before = model(IDS % 32).logits
+    linear = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    add_adapters(model, LoraConfig(2, None, "all-linear", False))
+    assert len(adapted(model)) == linear - outside  # the head, and the router
+    assert torch.equal(model(IDS % 32).logits, before)
+
+
+def test_a_router_that_is_named_is_refused():
+    with pytest.raises(UserError, match="only linear layers can have adapters"):
+        add_adapters(tiny("Phimoe", **EXPERTS), LoraConfig(2, None, ["router"], False))
 
 
 @pytest.mark.parametrize("shape", ["qwen3", "llama"])

@@ -265,7 +265,7 @@ def test_the_sampler_samples_from_the_merged_model(policy):
     state = {f"base_model.model.{key}": value for key, value in policy.model.state_dict().items()}
     wrapped.load_state_dict({key: value.float() for key, value in state.items()})
     merged = wrapped.merge_and_unload()
-    assert choose_way(merged).packed
+    assert choose_way(merged.requires_grad_(True)).packed
     assert sampled(policy.model) == sampled(merged)
 
 

@@ -44,8 +44,6 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     A begins the same in every run, as the other weights do: a seed is for data and sampling. Raises UserError if peft
     is not installed or a target is not there.
     """
-    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
-
     peft = _peft(f"model.lora.rank={config.rank}")
     widest = max((max(layer.weight.shape) for layer in adaptable(model, config)), default=config.rank)
     if config.rank > widest:
@@ -54,7 +52,7 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     adapter = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.scaled_alpha,
-        target_modules=config.targets,
+        target_modules=sorted(linear_layers(model)) if config.targets == "all-linear" else config.targets,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
         base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base,
@@ -65,7 +63,7 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
             peft.inject_adapter_in_model(adapter, model, NAME)
         except ValueError as error:  # also peft's NoMatchingPeftModuleError
             raise UserError(f"model.lora.targets={config.targets}: {' '.join(str(error).split())}") from None
-    if not all(isinstance(layer.get_base_layer(), torch.nn.Linear | Conv1D) for layer in adapted(model)):
+    if not all(_is_linear(layer.get_base_layer()) for layer in adapted(model)):
         raise UserError(f"model.lora.targets={config.targets}: only linear layers can have adapters here")
 
 
@@ -85,14 +83,22 @@ def adaptable(model: Any, config: LoraConfig) -> list[Any]:
 
 def linear_layers(model: Any) -> dict[str, Any]:
     """The linear layers but the head, by their names."""
-    from transformers.pytorch_utils import Conv1D
-
     head = model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-    }
+    return {name: module for name, module in model.named_modules() if module is not head and _is_linear(module)}
+
+
+@torch.no_grad()
+def _is_linear(layer: Any) -> bool:
+    """Whether it is one and computes as one: routers of experts inherit from `nn.Linear` too, and return choices."""
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
+    if not isinstance(layer, torch.nn.Linear) or type(layer).forward is torch.nn.Linear.forward:
+        return isinstance(layer, torch.nn.Linear | Conv1D)
+    try:
+        out = layer(layer.weight.new_zeros(1, layer.in_features))
+    except Exception:  # a stranger's model code may raise anything
+        return False
+    return isinstance(out, Tensor) and out.shape == (1, layer.out_features)
 
 
 def merge_in_forward(model: Any) -> None:
