@@ -343,13 +343,14 @@ def test_a_resumed_run_goes_the_way_of_its_manifest(tmp_path, capsys):
     assert "padded" not in capsys.readouterr().out
 
 
-def test_nothing_is_made_for_a_model_that_is_refused(saved, tmp_path):
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf])
+def test_nothing_is_made_for_a_model_that_is_refused(saved, damage, tmp_path):
     path = tmp_path / "model"
     model = untouched(saved("Phimoe"))
-    model.lm_head.weight.data.fill_(torch.nan)
+    model.model.embed_tokens.weight.data[5] = damage  # a token that is hardly ever there
     model.save_pretrained(path)
     load_policy(model_config()).tokenizer.save_pretrained(path)
-    with pytest.raises(UserError, match="NaN"):
+    with pytest.raises(UserError, match=r"1 of its weights hold NaN or infinity \(model.embed_tokens.weight"):
         run(
             raw_config(f"run_dir='{tmp_path / 'run'}'", "model=hub", f"model.path='{path}'", "model.chat_template=none")
         )

@@ -125,6 +125,11 @@ def load_policy(config: ModelConfig, weights: Path | None = None, before: Way | 
         raise UserError(
             f"model.path={config.path}: {len(missing)} weights are in no file ({missing[0]}, ...); download it again"
         )
+    if damaged := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise UserError(
+            f"model.path={config.path}: {len(damaged)} of its weights hold NaN or infinity ({damaged[0]}, ...): they "
+            f"are damaged, or exploded in training; take others"
+        )
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise UserError(
