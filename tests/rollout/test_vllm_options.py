@@ -227,6 +227,12 @@ def test_the_check_measures_and_judges():
                 check(gap, half, gpu)(prompts, groups)
 
 
+def test_who_samples_with_the_training_weights_is_not_told_to():
+    score = SamplerCheck(lambda prompt, ids: torch.tensor([-1.3]), half=True, own=True)
+    with pytest.raises(SamplingFailed, match=r"^the sampler does not serve .*; set model\.dtype=float32$"):
+        score([[1]], [[Response([3], [-1.0], True)]])
+
+
 @pytest.mark.parametrize(
     ("limits", "half", "gpu"),
     [(FLOAT32, False, False), (FLOAT32_GPU, False, True), (BFLOAT16, True, False), (BFLOAT16, True, True)],

@@ -74,6 +74,8 @@ class SamplerCheck:
     half: bool
     """The forward pass is bfloat16."""
     gpu: bool = False
+    own: bool = False
+    """The sampler computes with the training weights themselves."""
 
     def __call__(self, prompts: Sequence[list[int]], groups: Sequence[Sequence[Response]]) -> dict[str, float]:
         """`measure`, and SamplingFailed if the differences are not rounding."""
@@ -83,11 +85,13 @@ class SamplerCheck:
         # NaN compares as not allowed.
         if not (mean <= limits.mean and largest <= limits.largest and k3 <= limits.k3):
             tokens = sum(len(response.token_ids) for _, response in spread(prompts, groups))
+            engine, way_out = "sampling engine", f"its weights are stale, or it reads the model differently; {USE_HF}"
+            if self.own:
+                engine, way_out = "sampler", "rounding is too much for this model; set model.dtype=float32"
             raise SamplingFailed(
-                f"the sampling engine does not serve the policy: its log-probabilities of {tokens} sampled tokens "
-                f"differ from the trainer's by {mean:.2g} in the mean and {largest:.2g} at most, k3 {k3:.2g} (allowed: "
-                f"{limits.mean:g}, {limits.largest:g}, {limits.k3:g}); its weights are stale, or it reads the model "
-                f"differently; {USE_HF}"
+                f"the {engine} does not serve the policy: its log-probabilities of {tokens} sampled tokens differ from "
+                f"the trainer's by {mean:.2g} in the mean and {largest:.2g} at most, k3 {k3:.2g} (allowed: "
+                f"{limits.mean:g}, {limits.largest:g}, {limits.k3:g}); {way_out}"
             )
         return found
 

@@ -68,7 +68,7 @@ def make_sampler(
         score = trainer_score(dataclasses.replace(scorer, half=False))
         found = choose_ways(own, score, half, prompts, before)
         # In bfloat16 a token by itself is not rounded as it is among others.
-        check = SamplerCheck(trainer_score(scorer), half) if half else None
+        check = SamplerCheck(trainer_score(scorer), half, own=True) if half else None
         return Made(own.changed(ways=found.ways), check, found.serves and not half, found.notes(), found.ways)
     engine = VLLMEngine(
         policy,
