@@ -219,10 +219,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=30000)
     parser.add_argument("--results", type=Path, default=Path("claims.jsonl"))
-    given, overrides = parser.parse_known_args()
+    parser.add_argument("overrides", nargs="*", help="settings of kpo analyze")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     for kind, seed in missing(10 if given.quick else given.trials, given.seed, given.results):
-        line = {"kind": kind, "seed": seed, **said(analysed(kind, seed, *overrides), kind)}
+        line = {"kind": kind, "seed": seed, **said(analysed(kind, seed, *given.overrides), kind)}
         with given.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     print(tables(lines(given.results)))
