@@ -57,6 +57,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kpo_cli.analysis.statistics.signs import sign_statistics
 from kpo_cli.core import Objective, group_normalised, load_objective
+from kpo_cli.core.rounding import Rounding
 from kpo_cli.data.load import load_problems
 from kpo_cli.data.prompts import PromptBuilder
 from kpo_cli.errors import UserError
@@ -234,23 +235,22 @@ def compared(pair: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], batch: B
     }
     lengths = tuple(mask.sum(-1).tolist())
     for name, objective in METHODS.items():
-        own, true = (seen(objective, *ends, batch) for ends in (pair, truth))
-        noise = rms((own[0] - true[0])[mask]) / objective.surrogate.eps_low
+        rounding = Rounding.of(objective, pair, truth, batch.advantages.to(z), mask)
         white = error * gain(objective, lengths) / objective.surrogate.eps_low
         record["methods"][name] = {
-            "noise": noise,
-            "white": noise / white if white else None,
-            "cut": float(own[1][mask].double().mean()),
-            "differ": float((own[1] != true[1])[mask].double().mean()),
+            "noise": rounding.widths,
+            "white": rounding.widths / white if white else None,
+            "cut": cut_share(objective, *pair, batch),
+            "differ": rounding.decided,
         }
     return record
 
 
-def seen(objective: Objective, old: Tensor, new: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The filtered log-ratios and which tokens are cut, (N, T) each."""
+def cut_share(objective: Objective, old: Tensor, new: Tensor, batch: Batch) -> float:
+    """Of tokens."""
     mask = batch.response_mask
     out = objective(log_probs=new, old_log_probs=old, advantages=batch.advantages.to(new), response_mask=mask)
-    return out.filtered_log_ratio.double(), out.clipped
+    return out.metrics["clip_fraction_active"]
 
 
 def rms(values: Tensor) -> float:

@@ -26,6 +26,8 @@ class Source:
     problems: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     """That of the newest record read: method, filter, clip widths."""
+    roundings: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By step: what rounding did to log-ratios, of the records of a run in 16 bits."""
 
     def batches(self) -> Iterator[tuple[Path, Ratios]]:
         """Batches of all files that can be read, in order; what is wrong with the others goes to `problems`."""
@@ -33,6 +35,8 @@ class Source:
             try:
                 for batch, metadata in read_file(path):
                     self.metadata = metadata
+                    if metadata.get("rounding") is not None:
+                        self.roundings[metadata["step"]] = metadata["rounding"]
                     yield path, batch
             except BadRecord as error:
                 self.problem(path, str(error))

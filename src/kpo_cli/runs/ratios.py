@@ -4,6 +4,7 @@ A record that cannot be used raises `BadRecord`, whose message says what is wron
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -17,6 +18,8 @@ from kpo_cli.runs.formats import RATIOS, unreadable
 
 TOKEN_TENSORS = ("old_log_probs", "rollout_log_probs", "entropy", "filtered_log_ratio", "response_ids")
 ROW_TENSORS = ("advantages", "rewards", "mini_batch_index", "prompt_index", "prompt_lengths")
+ROUNDING = ("responses", "tokens", "z", "z_error", "filtered_error", "width", "decided")
+"""What is known of 16-bit arithmetic: the fields of `core.rounding.Rounding`."""
 PIECE_TOKENS = 2**18
 """Tokens that are worked on at once, padding included: some ten float64 temporaries of 2 MB for each series."""
 
@@ -137,7 +140,19 @@ def _metadata(raw: dict[str, str]) -> dict[str, Any]:
         raise BadRecord(problem)
     if not isinstance(metadata.get("step"), int):
         raise BadRecord("its metadata has no step")
+    rounding = metadata.get("rounding")
+    if rounding is not None and not _is_rounding(rounding):
+        raise BadRecord("the rounding in its metadata is not that of a run")
     return metadata
+
+
+def _is_rounding(found: Any) -> bool:
+    """Of one token at least."""
+    if not isinstance(found, dict) or found.keys() != {*ROUNDING}:
+        return False
+    numbers = [value for name, value in found.items() if name != "width" or value is not None]
+    known = all(isinstance(value, int | float) and 0 <= value < math.inf for value in numbers)
+    return known and found["tokens"] > 0 and found["width"] != 0
 
 
 KNOWN = {"log_ratio", "response_mask", "prompt_ids", *TOKEN_TENSORS, *ROW_TENSORS}

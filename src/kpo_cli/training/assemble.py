@@ -70,6 +70,7 @@ def assemble(
         mask_truncated=trainer.mask_truncated,
         correction=TruncatedImportance(rollout.correction_cap) if rollout.correction == "auto" else None,
         reference=reference,
+        exact=dataclasses.replace(scorer, half=False) if scorer.half else None,
         workers=workers,
     )
     demonstrations = Demonstrations(config, builder, policy)

@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 from kpo_cli.core import kalman_meaning
+from kpo_cli.core.rounding import SHARE, Rounding
 from kpo_cli.terminal import counted, make_console, say, show
 
 SILENCE = 60.0
@@ -144,6 +145,26 @@ def measured_filter(filter_parameters: dict[str, Any], length: int, longest: int
     known = _passes_nothing(name, kalman_meaning(q, v, longest).share_passed, longest)
     line = f"filter: {share:.1%} of a constant shift shows after {length} tokens, the mean response of step 1"
     return [line, *([] if known else _passes_nothing(name, share, length))]
+
+
+def measured_rounding(rounding: Rounding | None, dtype: str) -> list[str]:
+    """What 16-bit arithmetic does to log-ratios, and a warning where it takes part in what is clipped."""
+    if rounding is None:
+        return []
+    line = (
+        f"rounding: behind the first optimizer step log-ratios in {dtype} are off by {rounding.z_error:.2g}, their own "
+        f"size being {rounding.z:.2g} (root mean squares), and filtered ones by {rounding.filtered_error:.2g}"
+    )
+    if rounding.widths is None:
+        return [line]
+    line += f": {rounding.widths:.2g} of the clip width {rounding.width:g}"
+    if not rounding.decides:
+        return [line]
+    return [
+        line,
+        f"warning: rounding takes part in what is clipped ({rounding.decided:.1%} of tokens; {SHARE:g} of a width is "
+        f"the limit); model.dtype=float32 computes log-ratios to six digits, wider clip widths need fewer",
+    ]
 
 
 def _passes_nothing(name: str, share_passed: float, length: int) -> list[str]:

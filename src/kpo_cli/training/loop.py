@@ -30,7 +30,7 @@ from kpo_cli.rollout import Sampler
 from kpo_cli.rollout.check import SamplerCheck
 from kpo_cli.runs.checkpoints import Progress
 from kpo_cli.runs.directory import RunDir
-from kpo_cli.training.display import Display, measured_filter
+from kpo_cli.training.display import Display, measured_filter, measured_rounding
 from kpo_cli.training.optimizer import leave_device
 from kpo_cli.training.records import record_ratios
 from kpo_cli.training.saving import Saver
@@ -92,7 +92,8 @@ def train(job: Training, run: RunDir, progress: Progress, display: Display) -> N
             display.stepped(metrics)
             if step == 1:
                 longest = job.config.rollout.max_response_tokens
-                for line in measured_filter(job.config.filter, round(metrics["response_length_mean"]), longest):
+                lines = measured_filter(job.config.filter, round(metrics["response_length_mean"]), longest)
+                for line in [*lines, *measured_rounding(record.rounding, job.policy.dtype)]:
                     display.say(line)
             if last or stopping or _due(step, config.checkpoint_every):
                 saver.save(progress)
@@ -118,7 +119,8 @@ def _report(
     """What a step leaves beside its row of metrics and a checkpoint; adds its evaluation, if due, to `metrics`."""
     step, clock = metrics["step"], Clock()
     if _recorded(step, job.config.trainer.ratios_every) and not record.uneven.any():
-        record_ratios(run.path, step, batch, record, job.config, model_source(job.config.model))
+        tokenizer = model_source(job.config.model)
+        record_ratios(run.path, step, batch, record, job.config, tokenizer, job.policy.dtype)
     if _evaluates(job, step):
         display.phase("evaluating")
         metrics |= _evaluate(job, run, step, clock)
@@ -146,7 +148,8 @@ def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str
         for parameters in job.updater.optimizer.param_groups:
             parameters["lr"] = lr
         before, trusted = job.updater.max_tokens, job.updater.trusted
-        record = job.updater.update(batch, _recorded(step, config.ratios_every))
+        recorded = _recorded(step, config.ratios_every)
+        record = job.updater.update(batch, for_record=recorded, measured=recorded or step == 1)
         filter_metrics = _refit(job, progress, batch, record, display)
     if job.updater.max_tokens < before:
         progress.max_tokens = job.updater.max_tokens
@@ -320,6 +323,7 @@ def _metrics(batch: Batch, record: UpdateRecord) -> dict[str, Any]:
     return {
         **record.sums.metrics(),
         **{name: mean.value for name, mean in record.means.items()},
+        **({} if record.rounding is None else record.rounding.metrics()),
         "entropy": float(record.entropy.double().sum() / batch.response_mask.sum()),
         "rollout_log_prob_gap": _mismatch(batch, record),
         "grad_norm": float(np.mean(record.grad_norms)),

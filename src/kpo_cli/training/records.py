@@ -10,9 +10,9 @@ from kpo_cli.training.step import UpdateRecord
 
 
 def record_ratios(
-    run: Path, step: int, batch: Batch, record: UpdateRecord, config: TrainConfig, tokenizer: str
+    run: Path, step: int, batch: Batch, record: UpdateRecord, config: TrainConfig, tokenizer: str, dtype: str
 ) -> None:
-    """Write the record of a step."""
+    """Write the record of a step; `dtype` is what the policy computes in."""
     tensors = {
         "log_ratio": record.log_ratio,
         "filtered_log_ratio": record.filtered_log_ratio,
@@ -40,5 +40,7 @@ def record_ratios(
         "eps_high": surrogate.get("eps_high"),
         "temperature": config.rollout.temperature,
         "tokenizer": tokenizer,
+        "dtype": dtype,
+        "rounding": None if record.rounding is None else record.rounding.facts(),
     }
     write_ratios(run, step, tensors, metadata)

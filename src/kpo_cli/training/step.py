@@ -15,12 +15,14 @@ from kpo_cli.core.diagnostics import Mean, RatioSums
 from kpo_cli.core.filters import AdaptiveFilter
 from kpo_cli.core.objective import ObjectiveOutput
 from kpo_cli.core.penalties import MismatchCorrection
+from kpo_cli.core.rounding import Rounding
 from kpo_cli.errors import RunStopped, SamplingFailed
 from kpo_cli.policy.batch import Batch
 from kpo_cli.policy.memory import lacks_memory
 from kpo_cli.policy.scorer import Scorer
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout.check import GROSS, SERVES, Gap
+from kpo_cli.training.exact import Exact
 from kpo_cli.training.optimizer import HostAdamW
 
 Result = TypeVar("Result")
@@ -42,6 +44,8 @@ class UpdateRecord:
     """Of the objective's optional parts."""
     grad_norms: list[float] = field(default_factory=list)
     """Of each optimizer step, before clipping."""
+    rounding: Rounding | None = None
+    """Of a recorded step in 16 bits."""
 
     @classmethod
     def empty(cls, rows: int, length: int) -> "UpdateRecord":
@@ -106,17 +110,22 @@ class Updater:
     """Found by the last update, over its first mini-batch."""
     reference: Scorer | None = None
     """The policy that a reference KL is taken to."""
+    exact: Scorer | None = None
+    """The same policy in float32, where the run computes in 16 bits."""
     workers: Workers = field(default_factory=Workers)
     _proven: int = 0
     """Tokens of the largest micro-batch that was rehearsed, since memory last ran out."""
 
-    def update(self, batch: Batch, for_record: bool = False) -> UpdateRecord:
+    def update(self, batch: Batch, for_record: bool = False, measured: bool = False) -> UpdateRecord:
         """One optimizer step for each mini-batch, in order.
+
+        `measured`: the record says what rounding did to log-ratios, where the run computes in 16 bits.
 
         `for_record`: old log-probabilities are the trainer's in any case. The sampler's differ by rounding, which is
         nothing to the loss but decides the signs of the smallest log-ratios, and signs are what is analysed.
         """
         parts = self._mini_batches(batch)
+        exact = Exact.begin(self.exact, batch, parts, self.max_tokens) if measured else None
         old, learned = self._begin(batch, parts, for_record)
         record, size = UpdateRecord.empty(*batch.response_ids.shape), self.max_tokens
         for number, (rows, old_log_probs) in enumerate(zip(parts, old, strict=True)):
@@ -124,6 +133,10 @@ class Updater:
                 learned = self._learn_all(batch, rows, old_log_probs)
             record.mini_batch_index[rows] = number
             record.uneven[rows] = self.scorer.half and self.max_tokens < size
+            for micro in learned:
+                record.add(micro)
+            if number == 1 and exact is not None:  # here the weights are one step from the old ones
+                record.rounding = exact.rounding(batch, self.objective, record.old_log_probs, record.log_ratio)
             self._optimizer_step(batch, rows, learned, record)
         self.optimizer.zero_grad(set_to_none=True)  # sampling has better use for the memory
         return record
@@ -252,7 +265,6 @@ class Updater:
     def _optimizer_step(self, batch: Batch, rows: Tensor, learned: list["Micro"], record: UpdateRecord) -> None:
         parameters = self._parameters()
         for micro in learned:
-            record.add(micro)
             if micro.gradients is not None:
                 _add_gradients(parameters, micro.gradients)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))

@@ -13,6 +13,7 @@ from scipy import stats
 
 from kpo_cli.analysis import sign_statistics
 from kpo_cli.analysis.config import analyze_config
+from kpo_cli.analysis.report.tables import terminal_tables
 from kpo_cli.analysis.report.words import summary
 from kpo_cli.analysis.source import find_source
 from kpo_cli.analysis.statistics import noise_models
@@ -325,3 +326,67 @@ def test_filters_that_cannot_be_built_are_named(filters, message):
 def test_every_filter_can_be_asked_for(run, name):
     found = analyse(find_source(run), config(f"filters=[{name}]", "likelihood_tokens=0")).found
     assert found["filters"][name]["switch_frequency"]["null_shuffled"] is not None
+
+
+ROUNDING = {
+    "responses": 8,
+    "tokens": 300,
+    "z": 0.02,
+    "z_error": 0.03,
+    "filtered_error": 6e-5,
+    "width": 3e-4,
+    "decided": 0.02,
+}
+
+
+def write_rounded(run, *roundings):
+    for step, rounding in enumerate(roundings, start=1):
+        path = run / "ratios" / f"step-{step:06d}.safetensors"
+        write_record(path, step, tensors(step), dtype="bfloat16", rounding=rounding)
+    return analyse(find_source(run), config("nulls.draws=0")).found
+
+
+def test_rounding_stands_beside_z(tmp_path):
+    """Root mean squares are pooled over tokens: of 0.03 over 300 and 0.05 over 100 it is 0.0361."""
+    other = {**ROUNDING, "responses": 4, "tokens": 100, "z_error": 0.05}
+    found = write_rounded(tmp_path, ROUNDING, other, None)
+    pooled = found["rounding"]
+    assert (pooled["dtype"], pooled["steps"], pooled["responses"], pooled["tokens"]) == ("bfloat16", 2, 12, 400)
+    assert pooled["z_error"] == pytest.approx(math.sqrt((300 * 0.03**2 + 100 * 0.05**2) / 400))
+    assert pooled["widths"] == pytest.approx(0.2)
+    assert (
+        "In bfloat16 log-ratios are off by 0.0361 (root mean square), 1.8 times their own size, and behind the run's "
+        "filter by 0.2 of the clip width 0.0003: rounding takes part in what is clipped, at 2.0% of tokens."
+    ) in summary(found)
+    (table,) = [table for table in terminal_tables(found) if table.title == "Rounding"]
+    assert table.rows == [["raw", "0.02", "0.0361", "-", "-"], ["recorded", "-", "6e-05", "0.2", "2.0%"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"filtered_error": 1e-5, "decided": 0.0}, "0.0333 of the clip width 0.0003: below 0.1, too little to take"),
+        ({"width": None}, "and behind the run's filter by 6e-05."),
+        ({"z": 0.0}, "off by 0.03 (root mean square), and behind"),
+    ],
+)
+def test_the_words_on_rounding_follow_its_numbers(tmp_path, changes, said):
+    assert said in summary(write_rounded(tmp_path, {**ROUNDING, **changes}))
+
+
+def test_a_run_in_float32_has_no_word_on_rounding(tmp_path, found):
+    assert found["rounding"] is None
+    assert "off by" not in summary(found)
+
+
+@pytest.mark.parametrize(
+    "rounding",
+    [
+        *([], 3, {}),
+        *({**ROUNDING, name: value} for name, value in [("z", "0.1"), ("z", -1.0), ("z_error", math.inf)]),
+        *({**ROUNDING, name: value} for name, value in [("tokens", 0), ("tokens", None), ("width", 0), ("more", 1.0)]),
+    ],
+)
+def test_rounding_that_no_run_measured_is_a_bad_record(tmp_path, rounding):
+    with pytest.raises(UserError, match="the rounding in its metadata is not that of a run"):
+        write_rounded(tmp_path, rounding)

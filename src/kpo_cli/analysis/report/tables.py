@@ -105,6 +105,19 @@ def filter_table(found: dict[str, Any]) -> Table:
     return Table("Filters", columns, rows, note, label_columns=2)
 
 
+def rounding_table(found: dict[str, Any]) -> Table:
+    """Log-ratios behind the first optimizer step beside what 16-bit arithmetic is off by."""
+    facts = found["rounding"]
+    columns = ["series", "rms of z", f"error of {facts['dtype']}", "in clip widths", "clips decided"]
+    raw = ["raw", number(facts["z"]), number(facts["z_error"]), "-", "-"]
+    own = ["recorded", "-", number(facts["filtered_error"]), number(facts["widths"]), number(facts["decided"], True)]
+    note = (
+        f"{facts['responses']} responses ({facts['tokens']:,} tokens) of {facts['steps']} recorded steps, scored in "
+        f"float32 as well; errors are root mean squares"
+    )
+    return Table("Rounding", columns, [raw, own], note)
+
+
 def mini_batch_table(found: dict[str, Any]) -> Table:
     """The on-policy mini-batch apart from each of the others: raw, and through the first two filters."""
     names = list(found["mini_batches"][0]["filters"])[:3]
@@ -189,6 +202,7 @@ def terminal_tables(found: dict[str, Any]) -> list[Table]:
     tables = [statistic_table(found, name) for name in WITH_NULLS]
     tables += [order_table(found)] if found["order"] else []
     tables += [filter_table(found)]
+    tables += [rounding_table(found)] if found["rounding"] else []
     tables += [mini_batch_table(found)] if found["mini_batches"] else []
     noise = noise_table(found)
     return [*tables, *([clip_table(found)] if found["clip_what_if"] else []), *([noise] if noise else [])]

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from kpo_cli.analysis.report.tables import interval, number, outside
+from kpo_cli.core.rounding import SHARE
 
 SPOKEN = ("switch_frequency", "low_frequency_energy", "autocorrelation")
 """Statistics of the raw log-ratios that have a sentence of their own where they lie outside the null."""
@@ -17,6 +18,7 @@ def summary(found: dict[str, Any]) -> str:
         return f"{_data(facts)} {_identical(facts)}"
     sentences = [_data(facts), _on_policy(found["on_policy"]), *_structure(found), *_filters(found)]
     sentences += [_drift(found["noise"]), _likelihood(found["noise"]), _mismatch(found["mismatch"])]
+    sentences.append(_rounding(found["rounding"]))
     if facts["problems"]:
         sentences.append(f"{len(facts['problems'])} of {facts['files']} files could not be used.")
     return " ".join(sentence for sentence in sentences if sentence)
@@ -197,3 +199,18 @@ def _mismatch(m: dict[str, Any] | None) -> str:
     times = m["drift_std"] / m["std"]
     compared = f"1/{times:,.0f} of that of z" if times >= 2 else f"{1 / times:.2g} times that of z"
     return f"Sampler and trainer differ by {spread} (standard deviation of log pi_old - log mu), {compared}."
+
+
+def _rounding(found: dict[str, Any] | None) -> str:
+    """What of z is 16-bit arithmetic, and whether that takes part in what is clipped."""
+    if found is None:
+        return ""
+    of_z = f", {found['z_error'] / found['z']:.2g} times their own size" if found["z"] else ""
+    text = f"In {found['dtype']} log-ratios are off by {number(found['z_error'])} (root mean square){of_z}"
+    if found["widths"] is None:
+        return f"{text}, and behind the run's filter by {number(found['filtered_error'])}."
+    share = f"{number(found['widths'])} of the clip width {found['width']:g}"
+    part = f"rounding takes part in what is clipped, at {number(found['decided'], True)} of tokens"
+    if found["widths"] <= SHARE:
+        part = f"below {SHARE:g}, too little to take part in what is clipped"
+    return f"{text}, and behind the run's filter by {share}: {part}."

@@ -84,6 +84,7 @@ def analyse(
         "settings": {**dataclasses.asdict(config), "runs": [source.name]},
         "filters": {},
         "on_policy": _on_policy(done, series),
+        "rounding": _rounding(source),
     }
     if sample is None:
         found |= {"mini_batches": _by_mini_batch(done, series), "steps": [], "subsample": None}
@@ -179,6 +180,32 @@ def _source_facts(source: Source, done: _Pass) -> dict[str, Any]:
         "mean_off_policy_length": off_policy / collector.off_policy_responses if off_policy else None,
         "mini_batches_recorded": collector.has_mini_batches,
         **{name: source.metadata.get(name) for name in names},
+    }
+
+
+def _rounding(source: Source) -> dict[str, Any] | None:
+    """What 16-bit arithmetic did to log-ratios, over the tokens of all steps that it was measured in."""
+    measured = list(source.roundings.values())
+    if not measured:
+        return None
+    weights = np.array([facts["tokens"] for facts in measured])
+
+    def rms(name: str) -> float:
+        return float(np.average([facts[name] ** 2 for facts in measured], weights=weights) ** 0.5)
+
+    width = measured[-1]["width"]
+    filtered = rms("filtered_error")
+    return {
+        "dtype": source.metadata.get("dtype"),
+        "steps": len(measured),
+        "responses": int(sum(facts["responses"] for facts in measured)),
+        "tokens": int(weights.sum()),
+        "z": rms("z"),
+        "z_error": rms("z_error"),
+        "filtered_error": filtered,
+        "width": width,
+        "widths": filtered / width if width else None,
+        "decided": float(np.average([facts["decided"] for facts in measured], weights=weights)),
     }
 
 
