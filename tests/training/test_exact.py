@@ -1,6 +1,7 @@
 """What rounding did to the log-ratios of an update in bfloat16, against float64 models from both ends of its step."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -10,8 +11,11 @@ from safetensors import safe_open
 from small_runs import metrics, train
 from test_update import batch, policy, updater  # noqa: F401
 
+from kpo_cli.config import LoraConfig
 from kpo_cli.core.rounding import Rounding
-from kpo_cli.policy.scorer import Scorer
+from kpo_cli.policy.lora import add_adapters, named_weights
+from kpo_cli.policy.sharding import trained_weights
+from kpo_cli.policy.unrounded import Unrounded
 from kpo_cli.runs.ratios import ROUNDING
 from kpo_cli.training.exact import RESPONSES
 
@@ -31,20 +35,40 @@ def wide_log_probs(weights, model, batch, rows):  # noqa: F811
     return values
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_it_is_that_of_the_weights_behind_the_first_step(policy, batch, packed):  # noqa: F811
-    job = updater(policy, "grpo_tight", packed)
-    model = job.scorer.model
-    job.scorer, job.exact = Scorer(model, 0.8, True, packed), Scorer(model, 0.8, False, packed)
-    kept = [{name: value.clone() for name, value in model.state_dict().items()}]
-    job.optimizer.register_step_post_hook(
-        lambda *_: kept.append({name: value.clone() for name, value in model.state_dict().items()})
+def narrowed(policy, method, packed=True, lora=False, lr=0.05):  # noqa: F811
+    """An updater in bfloat16 that measures, of a copy of the policy, and its weights before and behind each step."""
+    model = copy.deepcopy(policy.model)
+    if lora:
+        add_adapters(model, LoraConfig(4, None, "all-linear", False))
+    other = dataclasses.replace(
+        policy, model=model, dtype="bfloat16", way=dataclasses.replace(policy.way, packed=packed)
     )
+    unrounded = Unrounded.of(other, 0.8)
+    other.narrow()
+    job = updater(
+        policy,
+        method,
+        scorer=other.way.scorer(model, 0.8, half=True),
+        optimizer=torch.optim.SGD(trained_weights(model), lr=lr),
+        unrounded=unrounded,
+    )
+    kept = [masters(model)]
+    job.optimizer.register_step_post_hook(lambda *_: kept.append(masters(model)))
+    return job, kept
+
+
+def masters(model):
+    return {name: weight.float().clone() for name, weight in named_weights(model)}
+
+
+@pytest.mark.parametrize(("packed", "lora"), [(True, False), (False, False), (True, True)])
+def test_it_is_that_of_the_weights_behind_the_first_step(policy, batch, packed, lora):  # noqa: F811
+    job, kept = narrowed(policy, "grpo_tight", packed, lora, lr=50.0 if lora else 0.05)
     record = job.update(batch, for_record=True, measured=True)
     rows = torch.arange(8, 16)  # of the second mini-batch all, since it has no more
     assert len(rows) == RESPONSES
     mask = batch.response_mask[rows]
-    before, behind = (wide_log_probs(weights, model, batch, rows)[mask] for weights in kept[:2])
+    before, behind = (wide_log_probs(weights, policy.model, batch, rows)[mask] for weights in kept[:2])
     true_z = behind - before
     z = record.log_ratio[rows][mask].double()
     assert record.rounding.tokens == int(mask.sum())
@@ -58,25 +82,32 @@ def test_it_is_that_of_the_weights_behind_the_first_step(policy, batch, packed):
     assert record.rounding.decided == pytest.approx(float((own != true).double().mean()))
 
 
-def test_an_update_in_float32_measures_nothing_and_one_that_measures_computes_the_same(policy, batch):  # noqa: F811
-    plain, measured = updater(policy), updater(policy)
-    for job in (plain, measured):
-        job.scorer = Scorer(job.scorer.model, 0.8, True, packed=True)
-    measured.exact = Scorer(measured.scorer.model, 0.8, packed=True)
+def test_a_twin_holds_no_weights_but_while_it_is_asked(policy, batch):  # noqa: F811
+    job, _ = narrowed(policy, "kpo")
+    twin = job.unrounded.twin.model
+    assert sum(parameter.numel() for parameter in twin.parameters()) == 0
+    with job.unrounded.weighted():
+        pairs = zip(twin.parameters(), trained_weights(job.scorer.model), strict=True)
+        assert all(own.data_ptr() == weight.data_ptr() for own, weight in pairs)  # no copies
+    assert sum(parameter.numel() for parameter in twin.parameters()) == 0
+
+
+def test_an_update_that_measures_computes_the_same(policy, batch):  # noqa: F811
+    plain, measured = (narrowed(policy, "kpo")[0] for _ in range(2))
+    plain.unrounded = None
     assert plain.update(batch, measured=True).rounding is None
     assert measured.update(batch, measured=True).rounding is not None
-    pairs = zip(plain.scorer.model.parameters(), measured.scorer.model.parameters(), strict=True)
+    pairs = zip(trained_weights(plain.scorer.model), trained_weights(measured.scorer.model), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_where_memory_does_not_suffice_nothing_is_measured_and_the_run_goes_on(policy, batch):  # noqa: F811
-    job = updater(policy)
+    job, _ = narrowed(policy, "kpo")
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    job.exact = Scorer(job.scorer.model, 0.8, packed=True)
-    object.__setattr__(job.exact, "_packed", full)
+    object.__setattr__(job.unrounded.twin, "_packed", full)
     assert job.update(batch, measured=True).rounding is None
     assert job.max_tokens == 10_000
 

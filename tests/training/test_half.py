@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import torch
 from small_runs import metrics, raw_config, resume, same_weights, train, weights
 
 from kpo_cli.config import train_config
@@ -13,7 +12,7 @@ from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.scorer import Scorer
 from kpo_cli.policy.threads import Workers
 from kpo_cli.training.assemble import _correction
-from kpo_cli.training.sampler import make_sampler
+from kpo_cli.training.sampler import make_sampler, try_ways
 
 
 def config_of(*overrides):
@@ -61,10 +60,11 @@ def test_a_sampler_that_samples_another_policy_is_found_out():
     policy = load_policy(config.model)
     scorer = Scorer(policy.model, 1.0, True, packed=True)
     prompts = [[5, 6, 7], [8, 9]]
-    made = make_sampler(config, policy, scorer, prompts, Workers(), lambda *_: None, 0)
+    trial = try_ways(config, policy, scorer, prompts)
+    policy.narrow()
+    made = make_sampler(config, policy, scorer, prompts, Workers(), lambda *_: None, 0, trial)
     sampler, check = made.sampler, made.check
     assert made.notes == []
-    assert sampler.cache_dtype == torch.bfloat16
     groups = sampler.sample(prompts, 2, (0,))
     assert check(prompts, groups)["sampler_gap_mean"] < 0.05
     stale = [

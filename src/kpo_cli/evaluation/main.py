@@ -117,7 +117,8 @@ def _evaluate(config: EvalConfig, run_dir: Path | None, console: Console) -> Non
 
 def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalConfig) -> Asked:
     policy = subject.load(role)
-    workers = share_threads(None, policy.parameters, policy.model.device)
+    policy.model.requires_grad_(False)
+    workers = share_threads(None, policy)
     prompts, notes = {}, list(policy.way.notes)
     for benchmark in benchmarks:
         builder = subject.prompts(policy, benchmark.has_instruction)
@@ -127,14 +128,18 @@ def _ask(role: str, subject: Subject, benchmarks: list[Benchmark], config: EvalC
 
 
 def _tried(item: Asked, config: EvalConfig) -> Asked:
-    """With the way to sample it. Raises UserError if there is none."""
+    """With the way to sample it, and computing in its own type from here on. Raises UserError if there is no way."""
     if _engine_name(item, config) == "vllm":
         usable_vllm(item.policy)
+        item.policy.narrow()
         return item
-    sampler, half = _hf_sampler(item, config, None), item.policy.dtype == "bfloat16"
-    score = model_score(replace(item.policy, dtype="float32"), sampler.temperature)
+    sampler = _hf_sampler(item, config, None)
+    if item.policy.half:
+        sampler = sampler.changed(lean=False)  # as it will be
+    score = model_score(item.policy, sampler.temperature)
     prompts = [prompt.token_ids for prompts in item.prompts.values() for prompt in prompts]
-    found = choose_ways(sampler, score, half, prompts)
+    found = choose_ways(sampler, score, prompts)
+    item.policy.narrow()
     return replace(item, ways=found.ways, notes=[*item.notes, *found.notes()])
 
 
@@ -249,19 +254,18 @@ def _engine(
         yield None
         return
     prompts = [prompt.token_ids for benchmark in benchmarks for prompt in item.prompts[benchmark.name]]
-    model, half = item.policy.model, item.policy.dtype == "bfloat16"
-    longest, gpu = max(map(len, prompts)), model.device.type == "cuda"
+    longest, gpu = max(map(len, prompts)), item.policy.model.device.type == "cuda"
     engine = VLLMEngine(
         item.policy,
         max_length=longest + config.eval.longest,
         options=config.eval.engine or {},
-        reserved=check_bytes(model.config.get_text_config(), longest + FIRST_TOKENS, half),
+        reserved=check_bytes(item.policy.model.config.get_text_config(), longest + FIRST_TOKENS),
         float32_logits=gpu,  # as in training, whose policy this is
     )
     for note in engine.notes:
         say(console, note)
     try:
-        check = SamplerCheck(model_score(item.policy, 1.0), half, gpu)
+        check = SamplerCheck(model_score(item.policy, 1.0), item.policy.half, gpu)
         sampler = VLLMSampler(engine, stop_ids=item.policy.stop_ids, temperature=1.0, max_response_tokens=FIRST_TOKENS)
         first = prompts[:RESPONSES]
         check(first, sampler.sample(first, 1, (config.seed,)))
@@ -291,7 +295,6 @@ def _hf_sampler(item: Asked, config: EvalConfig, progress: Report | None) -> HFS
         max_response_tokens=config.eval.longest,
         batch_size=config.eval.batch_size,
         top_p=config.eval.top_p,
-        half=item.policy.dtype == "bfloat16",
         workers=item.workers,
         progress=progress,
     )

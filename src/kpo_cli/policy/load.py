@@ -22,11 +22,13 @@ from kpo_cli.policy.lora import (
     adapter_base,
     add_adapters,
     load_adapters,
+    merge_in_forward,
     save_adapters,
     save_merged,
     with_merged_adapters,
 )
 from kpo_cli.policy.recompute import recompute_layers
+from kpo_cli.policy.sharding import mesh_of_one, shard, whole_state
 from kpo_cli.policy.threads import Workers
 from kpo_cli.runs.checkpoints import check_format
 from kpo_cli.runs.directory import first_line, sha256_of
@@ -52,7 +54,9 @@ LOADING = (
 @dataclass(frozen=True)
 class Policy:
     model: Any
-    """A transformers causal language model with float32 weights, in eval mode for good."""
+    """A transformers causal language model with float32 weights, in eval mode for good.
+
+    Whatever is found out of it, it is in float32; then `narrow` has it compute in `dtype`."""
     way: Way
     """How its log-probabilities are computed, so that they are the model's own."""
     tokenizer: Any
@@ -60,17 +64,39 @@ class Policy:
     parameters: int
     """Without adapters."""
     dtype: str
-    """Of the forward pass."""
+    """That it computes in."""
     identity: dict[str, Any]
     """Where the weights came from and their hash, for the manifest."""
     merge_checkpoints: bool = False
     """With LoRA, save the whole model beside the adapters."""
 
+    @property
+    def half(self) -> bool:
+        """It computes in 16 bits."""
+        return self.dtype != "float32"
+
+    def narrow(self) -> None:
+        """Compute in `dtype` from here on, in place. To be called once; nothing to a policy in float32.
+
+        What trains keeps float32 weights, of which each pass has copies in `dtype` (policy/sharding.py), or adapters
+        that are merged in float32 (policy/lora.py). What does not train is kept in `dtype` alone.
+        """
+        if not self.half:
+            return
+        dtype = getattr(torch, self.dtype)
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        if adapted(self.model):
+            merge_in_forward(self.model)
+        elif any(parameter.requires_grad for parameter in self.model.parameters()):
+            shard(self.model, mesh_of_one(self.model.device), dtype)
+
     def save(self, folder: Path) -> None:
         """Write tokenizer and weights: those of the model, or the adapters and, if asked for, the model in merged/."""
         self.tokenizer.save_pretrained(folder)
         if not adapted(self.model):
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=whole_state(self.model))
             return
         save_adapters(self.model, folder)
         if self.merge_checkpoints:
@@ -96,7 +122,7 @@ class Policy:
 
 
 def load_policy(config: ModelConfig, weights: Path | None = None, before: Way | None = None) -> Policy:
-    """The policy of a configuration; `weights` is a checkpoint to take the weights from in its place.
+    """The policy of a configuration, in float32 yet; `weights` is a checkpoint to take them from in its place.
 
     `before` is how the run that it goes on with computed. Raises UserError if it is not a model, its tokenizer does not
     fit, or there is no way to compute what it is.
@@ -147,9 +173,8 @@ def load_policy(config: ModelConfig, weights: Path | None = None, before: Way | 
         add_adapters(model, config.lora)
         if weights is not None:
             load_adapters(model, weights)
-    device, half = choose_device(config)
-    way = _prepare(model, tokenizer, stop_ids, config, device, half, before)
-    dtype = "bfloat16" if half else "float32"
+    device, dtype = choose_device(config)
+    way = _prepare(model, tokenizer, stop_ids, config, device, before)
     identity = model_identity(config, model)
     return Policy(model, way, tokenizer, stop_ids, parameters, dtype, identity, config.lora.merge_checkpoints)
 
@@ -201,7 +226,6 @@ def _prepare(
     stop_ids: tuple[int, ...],
     config: ModelConfig,
     device: torch.device,
-    half: bool,
     before: Way | None,
 ) -> Way:
     from transformers import GenerationConfig
@@ -217,10 +241,7 @@ def _prepare(
         )
     choose_kernels(device)
     model.eval().to(device)  # eval for good: in train mode dropout would make every ratio noise
-    way = choose_way(model, before)
-    if half:  # one place for sampling and training alike, so that both see the same numbers
-        model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(model.forward)
-    return way
+    return choose_way(model, before)
 
 
 def choose_kernels(device: torch.device) -> None:
@@ -255,25 +276,26 @@ def transformers_config(config: ModelConfig) -> Any:
     return AutoConfig.from_pretrained(base_of(model_source(config)), trust_remote_code=False)
 
 
-def choose_device(config: ModelConfig) -> tuple[torch.device, bool]:
-    """The device, and whether the forward pass runs in bfloat16."""
+def choose_device(config: ModelConfig) -> tuple[torch.device, str]:
+    """The device, and the type to compute in."""
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise UserError(
             "model.device=cuda but torch sees no GPU; set model.device=cpu or install a CUDA build of torch"
         )
     device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    return device, half
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return device, auto if config.dtype == "auto" else config.dtype
 
 
-def share_threads(threads: int | None, parameters: int, device: torch.device) -> Workers:
-    """Set PyTorch's CPU threads and return workers for a model of that size; `threads` None: all that we may use.
+def share_threads(threads: int | None, policy: Policy) -> Workers:
+    """Set PyTorch's CPU threads and return workers for a policy; `threads` None: all that we may use.
 
-    A small model's operations are too short to be shared, so that its batches are, by workers of one thread each.
+    A small model's operations are too short to be shared, so that its batches are, by workers of one thread each. In 16
+    bits they are not: a sharded model runs one pass at a time.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    small = device.type == "cpu" and parameters < SMALL_MODEL
+    small = policy.model.device.type == "cpu" and policy.parameters < SMALL_MODEL and not policy.half
     torch.set_num_threads(1 if small else threads)
     return Workers(threads if small else 1)
 

@@ -3,7 +3,7 @@
 The adapters are put into the transformers model, not around it: for whoever samples from it, asks for its decoder or
 calls its forward pass it stays the model that it was.
 
-In bfloat16 a layer computes with the merged weight, rounded as a sampling engine gets it. Small updates vanish in that
+In 16 bits a layer computes with the merged weight, rounded as a sampling engine gets it. Small updates vanish in that
 rounding; if the trainer added them unrounded, every ratio of the two would hold what the engine never saw.
 """
 
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from kpo_cli.config import LoraConfig
 from kpo_cli.errors import UserError, in_time
+from kpo_cli.policy.sharding import full
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """As peft names them."""
@@ -102,15 +103,8 @@ def _is_linear(layer: Any) -> bool:
 
 
 def merge_in_forward(model: Any) -> None:
-    """Let adapted layers compute, for a forward pass in bfloat16, with the merged weight in bfloat16.
-
-    Their frozen weights are kept in bfloat16, which costs the rounding of weights that came in float32. Nothing to a
-    model without adapters.
-    """
-    embedding = model.get_input_embeddings().weight
+    """Let adapted layers compute with the merged weight in the type of their frozen one, which is 16 bits wide."""
     for layer in adapted(model):
-        if layer.get_base_layer().weight is not embedding:  # a tied head's is read elsewhere, in float32
-            layer.get_base_layer().to(torch.bfloat16)
         kind: Any = type(layer)
         layer.__class__ = _merging(kind)  # not a wrapped method: that of a copied model would be the first one's
 
@@ -121,11 +115,11 @@ def merged_once(model: Any) -> Iterator[None]:
 
     The weights must stay as they are meanwhile. What is kept takes 2 bytes a frozen weight.
     """
-    layers = [layer for layer in adapted(model) if isinstance(layer, _Merging)]
+    layers: list[Any] = [layer for layer in adapted(model) if isinstance(layer, _Merging)]
     try:
         with torch.no_grad():
             for layer in layers:
-                layer.kept = _merged(layer).to(torch.bfloat16)
+                layer.kept = _merged(layer).to(layer.get_base_layer().weight.dtype)
         yield
     finally:
         for layer in layers:
@@ -139,8 +133,9 @@ class _Merging:
     """The merged weight, within `merged_once`."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        """(..., out) bfloat16 from `x` (..., in)."""
-        base, x = self.get_base_layer(), x.to(torch.bfloat16)
+        """(..., out) from `x` (..., in), in the type of the frozen weight."""
+        base = self.get_base_layer()
+        x = x.to(base.weight.dtype)
         if self.kept is not None and not torch.is_grad_enabled():
             return _linear(x, self.kept, base.bias, self.fan_in_fan_out)
         a, b = self.lora_A[NAME].weight, self.lora_B[NAME].weight
@@ -154,7 +149,7 @@ def _merging(kind: Any) -> type:
 
 
 class _MergedLinear(torch.autograd.Function):
-    """y = x M^T + bias with M = W + s B A rounded to bfloat16; the gradient passes through the rounding as it is.
+    """y = x M^T + bias with M = W + s B A rounded as x is; the gradient passes through the rounding as it is.
 
     M is made again for the backward pass: kept, it would be a copy of all weights. With g the gradient of y, that of
     x is g M, and those of A and B are s (g B)^T x and s g^T (x A^T), for which the one of M is never formed.
@@ -172,15 +167,14 @@ class _MergedLinear(torch.autograd.Function):
         x, a, b = ctx.saved_tensors
         layer, scale = ctx.layer, ctx.layer.scaling[NAME]
         x_grad = a_grad = b_grad = None
-        with torch.autocast(x.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                merged = _merged(layer).to(x.dtype)
-                x_grad = gradient @ (merged.t() if layer.fan_in_fan_out else merged)
-            rows, gradients = x.flatten(0, -2), gradient.flatten(0, -2)
-            if ctx.needs_input_grad[1]:
-                a_grad = ((gradients @ b.to(x.dtype)).t() @ rows).to(a.dtype) * scale
-            if ctx.needs_input_grad[2]:
-                b_grad = (gradients.t() @ (rows @ a.to(x.dtype).t())).to(b.dtype) * scale
+        if ctx.needs_input_grad[0]:
+            merged = _merged(layer).to(x.dtype)
+            x_grad = gradient @ (merged.t() if layer.fan_in_fan_out else merged)
+        rows, gradients = x.flatten(0, -2), gradient.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            a_grad = ((gradients @ b.to(x.dtype)).t() @ rows).to(a.dtype) * scale
+        if ctx.needs_input_grad[2]:
+            b_grad = (gradients.t() @ (rows @ a.to(x.dtype).t())).to(b.dtype) * scale
         return x_grad, a_grad, b_grad, None
 
 
@@ -194,11 +188,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
 
 def _merged(layer: Any) -> Tensor:
     """W + (alpha / rank) B A of an adapted layer, float32 and detached, in the layout of W."""
-    base = layer.get_base_layer().weight.detach()
-    # Under autocast the product of the adapters would be rounded.
-    with torch.autocast(base.device.type, enabled=False):
-        merged: Tensor = base + layer.get_delta_weight(NAME).detach()
-        return merged
+    merged: Tensor = layer.get_base_layer().weight.detach() + layer.get_delta_weight(NAME).detach()
+    return merged
 
 
 def save_adapters(model: Any, folder: Path) -> None:
@@ -268,7 +259,6 @@ def without_adapters(model: Any) -> Any:
     """The model below the adapters, as a second model that shares every tensor with the first."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     below = copy.deepcopy(model, shared)
-    vars(below).pop("forward", None)  # one that is wrapped in autocast would still be the other model's
     for name, module in list(below.named_modules()):
         if hasattr(module, "lora_A"):
             below.set_submodule(name, module.get_base_layer())
@@ -278,24 +268,27 @@ def without_adapters(model: Any) -> Any:
 def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its name in the model without adapters, with them merged: W + (alpha / rank) B A, float32.
 
-    What a sampling engine must be given. One merged tensor is alive at a time; the others are the model's own. The
-    names and their order are those of `state_dict`, so tied weights come under each of their names.
+    What a sampling engine must be given. One merged or gathered tensor is alive at a time; the others are the model's
+    own, in the type that it has. The names and their order are those of `state_dict`, so tied weights come under each.
     """
     layers = {f"{name}.base_layer.weight": layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, tensor in model.state_dict().items():
         if name in layers:
             yield name.replace(".base_layer.", "."), _merged(layers[name])
         elif ".base_layer." in name:
-            yield name.replace(".base_layer.", "."), tensor.float()
+            yield name.replace(".base_layer.", "."), tensor
         elif ".lora_" not in name:
-            yield name, tensor
+            yield name, full(tensor)
 
 
 def save_merged(model: Any, folder: Path) -> None:
     """Write the model with its adapters merged, float32, as transformers and engines load it."""
     own = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    # The model's own tensors stay where they are: by their addresses transformers knows which are tied.
-    weights = {name: t if t.data_ptr() in own else t.cpu() for name, t in named_weights(model)}
+    wide: dict[int, Tensor] = {}  # a tensor with two names stays one: by that transformers knows which are tied
+    weights = {}
+    for name, tensor in named_weights(model):
+        host, place = tensor.float().cpu(), tensor.data_ptr()
+        weights[name] = wide.setdefault(place, host) if place in own else host
     without_adapters(model).save_pretrained(folder, state_dict=weights)
 
 

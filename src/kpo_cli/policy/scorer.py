@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from kpo_cli.core import linear_log_probs, token_log_probs
 from kpo_cli.policy.attention import Packing
 from kpo_cli.policy.batch import Batch
+from kpo_cli.policy.sharding import within
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Scorer:
     model: Any
     temperature: float
     half: bool = False
-    """The forward pass runs in bfloat16, over float32 weights."""
+    """The model computes in 16 bits (`Policy.narrow`), so that a value depends on what else is in its micro-batch."""
     packed: bool = False
     """The model has packed attention (`fidelity.choose_way`)."""
     alone: bool = False
@@ -73,8 +74,8 @@ class Scorer:
 
         Outside the response mask they are finite and mean nothing.
         """
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.half):
-            return (self._packed if self.packed else self._padded)(batch, entropy_gradient)
+        score = self._packed if self.packed else self._padded
+        return within(self.model, lambda: score(batch, entropy_gradient))
 
     def _packed(self, batch: Batch, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
         inputs = pack(batch, self.model.device)
@@ -106,19 +107,23 @@ class Scorer:
         # The logits that predict the response begin one token before it; earlier ones are not computed.
         first = int(batch.prompt_lengths.min()) - 1
         keep = input_ids.shape[1] - first
-        forward = type(self.model).forward  # without the autocast that the sampler's calls are wrapped in
-        logits = forward(
-            self.model,
-            input_ids=input_ids.to(self.model.device),
-            attention_mask=attention_mask.to(self.model.device),
-            logits_to_keep=keep,
-            use_cache=False,
-        ).logits[:, -keep:]  # some models compute them all
+        logits = (
+            type(self.model)
+            .forward(  # not the call, which is what `within` is one of
+                self.model,
+                input_ids=input_ids.to(self.model.device),
+                attention_mask=attention_mask.to(self.model.device),
+                logits_to_keep=keep,
+                use_cache=False,
+            )
+            .logits[:, -keep:]
+        )  # some models compute them all
         columns = (batch.prompt_lengths - 1 - first)[:, None] + torch.arange(length)
         columns = columns.clamp(max=keep - 1).to(logits.device)
         rows = torch.arange(len(batch), device=logits.device)[:, None]
         ids = batch.response_ids.to(logits.device)
-        return token_log_probs(logits[rows, columns], ids, self.temperature, entropy_gradient)
+        log_probs, entropy = token_log_probs(logits[rows, columns], ids, self.temperature, entropy_gradient)
+        return log_probs.clone(), entropy  # it is a view, and sharding cannot tell whether somebody writes into it
 
     def split(self, batch: Batch, rows: Tensor, max_tokens: int) -> list[Tensor]:
         """Cut `rows` of a batch into micro-batches of at most `max_tokens` in the forward pass, or one row each."""

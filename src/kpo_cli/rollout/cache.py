@@ -31,23 +31,17 @@ class GrowingLayer(DynamicLayer):
     _value_store: Tensor
     _start: int
 
-    def __init__(
-        self, layer: DynamicLayer, rows: Tensor, limit: int, block: int | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        """Rows `rows` of `layer`, with repetitions, in `dtype` or the layer's own.
-
-        `limit` is the most tokens there will ever be.
-        """
+    def __init__(self, layer: DynamicLayer, rows: Tensor, limit: int, block: int | None = None) -> None:
+        """Rows `rows` of `layer`, with repetitions; `limit` is the most tokens there will ever be."""
         super().__init__()
         assert layer.keys is not None
         assert layer.values is not None
-        self.dtype, self.device, self.is_initialized = dtype or layer.dtype, layer.device, True
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         self.window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
         self.is_sliding = self.window is not None
         self.is_compileable = block is not None  # then transformers makes a mask without looking whether it has to
         self.limit, self.block, self.seen = limit, block, layer.get_seq_length()
-        keys, values = (held.to(dtype or held.dtype).index_select(0, rows) for held in (layer.keys, layer.values))
-        self._hold(keys, values)
+        self._hold(layer.keys.index_select(0, rows), layer.values.index_select(0, rows))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the keys and values (rows, heads, new tokens, head size); return all that may be looked at."""
@@ -114,18 +108,17 @@ def _enlarged(held: Tensor, capacity: int, zeros: bool) -> Tensor:
     return store
 
 
-def spread(cache: Any, rows: Any, limit: int, *, block: int | None = None, dtype: torch.dtype | None = None) -> None:
+def spread(cache: Any, rows: Any, limit: int, *, block: int | None = None) -> None:
     """Make a cache of prompts one of responses: its row `i` becomes that of prompt `rows[i]`, in place.
 
     Every layer of plain attention, full or in a window, becomes one that grows in place, up to `limit` tokens; `block`
-    and `dtype` are those of `GrowingLayer`. Any other (linear attention, one with more than keys and values) stays
-    transformers' own.
+    is that of `GrowingLayer`. Any other (linear attention, one with more than keys and values) stays transformers' own.
     """
     if isinstance(cache, DynamicCache):
         for place, layer in enumerate(cache.layers):
             # Not isinstance alone: what derives from them may hold more.
             if isinstance(layer, DynamicLayer) and type(layer) in GROWING and layer.get_seq_length() > 0:
-                cache.layers[place] = GrowingLayer(layer, rows, limit, block, dtype)
+                cache.layers[place] = GrowingLayer(layer, rows, limit, block)
             else:
                 layer.reorder_cache(rows)
     else:

@@ -72,7 +72,7 @@ GROSS = 0.1
 class SamplerCheck:
     score: Score
     half: bool
-    """The forward pass is bfloat16."""
+    """The policy computes in 16 bits."""
     gpu: bool = False
     own: bool = False
     """The sampler computes with the training weights themselves."""
@@ -125,11 +125,10 @@ def spread(prompts: Sequence[list[int]], groups: Sequence[Sequence[Response]]) -
 def model_score(policy: Policy, temperature: float) -> Score:
     """From the model's own forward pass, one response at a time, beside an engine that has taken all it could.
 
-    So logits are made for `LOGITS_CHECKED` tokens at a time (a longer response is read again for each such piece), and
-    no bfloat16 copy of a weight outlives its matmul, where autocast would keep all of them: `room.check_bytes`.
+    So logits are made for `LOGITS_CHECKED` tokens at a time, and a longer response is read again for each such piece:
+    `room.check_bytes`.
     """
-    model, half = policy.model, policy.dtype == "bfloat16"
-    forward = type(model).forward  # without the autocast that the sampler's calls are wrapped in
+    model = policy.model
 
     @torch.no_grad()
     def score(prompt: list[int], token_ids: list[int]) -> Tensor:
@@ -139,8 +138,7 @@ def model_score(policy: Policy, temperature: float) -> Score:
     def piece(prompt: list[int], token_ids: list[int], start: int) -> Tensor:
         ids = torch.tensor([[*prompt, *token_ids]], device=model.device)
         kept = len(token_ids) - start
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-            logits = forward(model, input_ids=ids, logits_to_keep=kept + 1, use_cache=False).logits[0, :-1]
+        logits = model(input_ids=ids, logits_to_keep=kept + 1, use_cache=False).logits[0, :-1]
         log_softmax = torch.log_softmax(logits.float() / temperature, dim=-1)
         return log_softmax.gather(-1, ids[0, -kept:, None]).squeeze(-1).cpu()
 

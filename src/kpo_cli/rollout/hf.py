@@ -24,6 +24,7 @@ from kpo_cli.errors import RunStopped
 from kpo_cli.policy.load import SMALL_MODEL
 from kpo_cli.policy.lora import merged_once
 from kpo_cli.policy.response import Response
+from kpo_cli.policy.sharding import gathered
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import decoder
 from kpo_cli.rollout.decoder import Decoder
@@ -58,13 +59,11 @@ class HFSampler:
         max_response_tokens: int,
         batch_size: int,
         top_p: float = 1.0,
-        half: bool = False,
         workers: Workers | None = None,
         progress: Report | None = None,
     ) -> None:
         """`stop_ids` end a response; at most `batch_size` responses are sampled at a time by each of `workers`.
 
-        `half`: the forward pass is bfloat16, and so are the keys and values that are kept.
         `top_p` below 1 samples from the nucleus. It is for evaluation alone: a policy is not trained on it.
         `progress` is told now and then how far the present `sample` is, from any thread but never from two at a time.
         """
@@ -77,8 +76,6 @@ class HFSampler:
         self.check_every = 1 if cpu else CUDA_CHECK_EVERY
         # Some models count from the end of the keys (GPT-Neo's windows), and transformers knows which do not.
         self.cache_block = None if cpu or not model._can_compile_fullgraph else CUDA_CACHE_BLOCK
-        # Norms of queries and keys leave them in float32 under autocast. Attention rounds them in any case.
-        self.cache_dtype = torch.bfloat16 if half else None
         self.workers = Workers() if workers is None else workers
         self.lean = cpu and model.num_parameters() < SMALL_MODEL and decoder.fits(model)
         self.batch_size = min(batch_size, LEAN_BATCH) if self.lean else batch_size
@@ -111,7 +108,7 @@ class HFSampler:
             return self._sample_batch([prompts[i] for i, _ in batch], seeds, decoder, tally.of_batch())
 
         batches = self._batches(prompts, samples)
-        with merged_once(self.model):
+        with gathered(self.model), merged_once(self.model):
             sampled = dict(zip(chain(*batches), chain(*self.workers.map(work, batches)), strict=True))
         return [[sampled[i, j] for j in range(samples)] for i in range(len(prompts))]
 
@@ -138,10 +135,7 @@ class HFSampler:
         self, prompts: list[list[int]], seeds: list[list[int]] | None, lean: Decoder | None, progress: Report
     ) -> list[Response]:
         """A response to each prompt; `seeds` are one a response, None samples greedily."""
-        # A policy that runs in bfloat16 casts its weights in every forward pass. Autocast keeps them until the
-        # outermost of its contexts ends, even one that is disabled: so they are cast once a batch.
-        with torch.autocast(self.model.device.type, enabled=False):
-            tokens, log_probs = self._decode(prompts, self._uniforms(seeds), lean, progress)
+        tokens, log_probs = self._decode(prompts, self._uniforms(seeds), lean, progress)
         if log_probs.isnan().any():
             raise RunStopped("the policy's probabilities are NaN: its weights have exploded; lower trainer.lr")
         responses = self._cut(tokens, log_probs)
@@ -184,9 +178,7 @@ class HFSampler:
         if not self.ways.cache:
             return Rereading.start(self.model, prompts)
         block = self.cache_block if self.ways.shortcuts else None
-        return Running.start(
-            self.model, lean, prompts, self.max_response_tokens, self.ways, block=block, dtype=self.cache_dtype
-        )
+        return Running.start(self.model, lean, prompts, self.max_response_tokens, self.ways, block=block)
 
     def _uniforms(self, seeds: list[list[int]] | None) -> Tensor | None:
         """Uniform numbers (max_response_tokens, B) in [0, 1), float64, each column from a generator of its own."""

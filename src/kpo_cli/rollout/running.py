@@ -47,12 +47,10 @@ class Running:
         ways: Ways,
         *,
         block: int | None,
-        dtype: torch.dtype | None,
     ) -> tuple["Running", Tensor]:
         """Put the prompts through the model, each once; also the logits (B, V) behind each.
 
-        `room` is the most tokens that a response will have; `dtype` that of the cache, if it is not the model's own.
-        Raises LookupError if there is no cache.
+        `room` is the most tokens that a response will have. Raises LookupError if there is no cache.
         """
         unique = list(dict.fromkeys(map(tuple, prompts))) if ways.reorder else [tuple(prompt) for prompt in prompts]
         place = {prompt: i for i, prompt in enumerate(unique)}
@@ -67,7 +65,7 @@ class Running:
             raise LookupError("it returns no cache of keys and values")
         cache, logits = getattr(out, name), out.logits[:, -1]
         if ways.reorder:
-            spread(cache, source, length + room, block=block, dtype=dtype)
+            spread(cache, source, length + room, block=block)
             mask, logits = mask[source], logits.index_select(0, source)
         rows = torch.arange(len(prompts), device=model.device)
         running = cls(model, lean, cache, name, rows, None, length, None, block)

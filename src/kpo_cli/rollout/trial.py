@@ -5,18 +5,15 @@ ones, several samples of one, responses that end at different times), and its lo
 trainer's of the same tokens. Nothing is asked of a model's name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kpo_cli.errors import UserError
 from kpo_cli.policy.fidelity import WideSoftmax, in_float64, short_windows
-from kpo_cli.policy.lora import adapted
-from kpo_cli.rollout.check import BFLOAT16, CLOSE, GROSS, SERVES, Gap, Score
+from kpo_cli.rollout.check import CLOSE, GROSS, SERVES, Gap, Score
 from kpo_cli.rollout.hf import HFSampler
 from kpo_cli.rollout.ways import CACHED, REREADING, Ways
 
@@ -65,23 +62,19 @@ class Trial:
         ]
 
 
-def choose_ways(
-    sampler: HFSampler, score: Score, half: bool, prompts: Sequence[list[int]], before: Ways | None = None
-) -> Trial:
-    """The fastest of the ways in which `sampler` gives the log-probabilities of `score`, a trainer's in float32.
+def choose_ways(sampler: HFSampler, score: Score, prompts: Sequence[list[int]], before: Ways | None = None) -> Trial:
+    """The fastest of the ways in which `sampler` gives the log-probabilities of `score`, a trainer's, both in float32.
 
-    `half`: the policy computes in bfloat16; it is tried in float32 all the same, unless it has adapters, whose weights
-    are in bfloat16. Tokens are those of `prompts`. A way that is a little off is taken before one without a cache.
-    `before` is how a run that goes on sampled: it stays so while it is close, since with another its numbers would
-    change in the middle. Raises UserError if there is none.
+    Tokens are those of `prompts`. A way that is a little off is taken before one without a cache. `before` is how a run
+    that goes on sampled: it stays so while it is close, since with another its numbers would change in the middle.
+    Raises UserError if there is none.
     """
-    rounded = half and bool(adapted(sampler.model))
-    with short_windows(sampler.model), _in_float32(sampler.model, half and not rounded):
-        return _Trials(sampler, score, prompts, rounded).choose(before)
+    with short_windows(sampler.model):
+        return _Trials(sampler, score, prompts).choose(before)
 
 
 class _Trials:
-    def __init__(self, sampler: HFSampler, score: Score, prompts: Sequence[list[int]], rounded: bool) -> None:
+    def __init__(self, sampler: HFSampler, score: Score, prompts: Sequence[list[int]]) -> None:
         known = sorted({token for prompt in prompts for token in prompt})
         draw = torch.Generator().manual_seed(0)
         self.batches = [
@@ -94,9 +87,8 @@ class _Trials:
             max_response_tokens=min(TOKENS, sampler.max_response_tokens),
             top_p=1.0,
             progress=None,
-            cache_dtype=sampler.cache_dtype if rounded else None,
         )
-        self.score, self.rounded = score, rounded
+        self.score = score
         self.looked = False
         """In float64, once: what is not rounding in one way is hardly so in another."""
         self.scored: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
@@ -133,8 +125,6 @@ class _Trials:
         return (ways for ways in CACHED if shortcuts or ways != Ways(shortcuts=False))
 
     def _is_rounding(self, ways: Ways, gap: Gap) -> bool:
-        if self.rounded:
-            return gap.mean <= BFLOAT16.mean
         if gap.largest <= TOLERANCE:
             return True
         if self.looked or gap.mean > CLOSE:
@@ -172,14 +162,3 @@ def _why(ways: Ways, tried: dict[Ways, Gap], failed: dict[Ways, str]) -> str:
     if ways not in tried:
         return AS_BEFORE
     return f"log-probabilities differ from those of a plain forward pass by {tried[ways]}"
-
-
-@contextmanager
-def _in_float32(model: Any, half: bool) -> Iterator[None]:
-    """Within the block a `half` model computes without the autocast that its forward pass is wrapped in."""
-    wrapped: Callable[..., Any] | None = vars(model).pop("forward") if half else None
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped

@@ -150,7 +150,13 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def restore(path: Path, optimizer: torch.optim.Optimizer) -> Progress:
+def progress_of(path: Path) -> Progress:
+    """Where the run stood that wrote a checkpoint."""
+    state = json.loads(read_text(path / STATE))
+    return Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
+
+
+def restore(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Load the trainer/ folder of a checkpoint into the optimizer and the random generators."""
     state = json.loads(read_text(path / STATE))
     tensors = load_file(path / OPTIMIZER)
@@ -170,7 +176,6 @@ def restore(path: Path, optimizer: torch.optim.Optimizer) -> Progress:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *position))  # noqa: NPY002
     version, internal, gauss = state["python_random"]
     random.setstate((version, tuple(internal), gauss))
-    return Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -15,18 +15,19 @@ from kpo_cli.data.prompts import Prompt, PromptBuilder
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation.benchmarks import Files, load_benchmarks
 from kpo_cli.policy.load import Policy, choose_device, load_policy, share_threads
-from kpo_cli.policy.lora import merge_in_forward, without_adapters
+from kpo_cli.policy.lora import without_adapters
 from kpo_cli.policy.memory import max_tokens
 from kpo_cli.policy.scorer import Scorer
+from kpo_cli.policy.unrounded import Unrounded
 from kpo_cli.rollout.engine import choose_engine
 from kpo_cli.rollout.ways import Ways
-from kpo_cli.runs.checkpoints import Progress, restore
+from kpo_cli.runs.checkpoints import Progress, progress_of, restore
 from kpo_cli.training.check import check_context
 from kpo_cli.training.describe import notes_of
 from kpo_cli.training.display import Display
 from kpo_cli.training.loop import Training
 from kpo_cli.training.optimizer import make_optimizer
-from kpo_cli.training.sampler import make_sampler, reserved_bytes, resolve_offload
+from kpo_cli.training.sampler import make_sampler, reserved_bytes, resolve_offload, try_ways
 from kpo_cli.training.step import Updater
 from kpo_cli.training.supervised import Demonstrations
 
@@ -44,7 +45,7 @@ def assemble(
     The state of a `checkpoint` is restored before a sampling engine starts, which takes what memory is left.
     """
     trainer, rollout = config.trainer, config.rollout
-    workers = share_threads(trainer.threads, policy.parameters, policy.model.device)
+    workers = share_threads(trainer.threads, policy)
     check_context(config, policy)
     builder = PromptBuilder(policy.tokenizer, config.model, config.data)
     train_prompts, dropped = builder.build_all(problems.train, rollout.max_prompt_tokens, "training")
@@ -57,7 +58,12 @@ def assemble(
             f"trainer.prompts_per_step={trainer.prompts_per_step} but there are only {len(train_prompts)} training "
             f"problems; lower it"
         )
-    scorer, note = _scorer(policy, rollout.temperature)
+    ids = [prompt.token_ids for prompt in train_prompts]
+    scorer = policy.way.scorer(policy.model, rollout.temperature, policy.half)
+    progress = _beginning(config) if checkpoint is None else progress_of(checkpoint)
+    trial = try_ways(config, policy, scorer, ids, None if progress.ways is None else Ways(**progress.ways))
+    unrounded = Unrounded.of(policy, rollout.temperature) if policy.half else None
+    policy.narrow()  # before anything holds its weights
     reference = _reference(config, policy, scorer)
     config, offload_notes = resolve_offload(config, policy)
     updater = Updater(
@@ -70,19 +76,18 @@ def assemble(
         mask_truncated=trainer.mask_truncated,
         correction=TruncatedImportance(rollout.correction_cap) if rollout.correction == "auto" else None,
         reference=reference,
-        exact=dataclasses.replace(scorer, half=False) if scorer.half else None,
+        unrounded=unrounded,
         workers=workers,
     )
     demonstrations = Demonstrations(config, builder, policy)
     if trainer.supervised.steps:
         demonstrations.check()
-    progress = _beginning(config) if checkpoint is None else _restored(checkpoint, updater)
+    if checkpoint is not None:
+        _restore(checkpoint, progress, updater)
     # Last: on a GPU the engine takes its share of what everything else has left.
-    ids = [prompt.token_ids for prompt in train_prompts]
     reserved = reserved_bytes(config, policy.model, updater.optimizer)
-    before = None if progress.ways is None else Ways(**progress.ways)
-    made = make_sampler(config, policy, scorer, ids, workers, display.sampled, reserved, before)
-    progress.ways = None if made.ways is None else dataclasses.asdict(made.ways)
+    made = make_sampler(config, policy, scorer, ids, workers, display.sampled, reserved, trial)
+    progress.ways = None if trial is None else dataclasses.asdict(trial.ways)
     updater.watched = made.check is None
     updater.sampler_log_probs = updater.watched and trainer.old_log_probs == "auto"
     if updater.watched and not made.serves:
@@ -93,8 +98,9 @@ def assemble(
         *(config, policy, made.sampler, made.check, updater, demonstrations),
         *(train_prompts, heldout, benchmarks, builder.templated),
     )
-    notes = notes_of(job, problems, dropped + heldout_dropped)
-    return job, progress, [*note, *offload_notes, *made.notes, *notes, *prompt_notes, *benchmark_notes]
+    notes = [*policy.way.notes, *_padding(policy), *offload_notes, *made.notes]
+    notes += notes_of(job, problems, dropped + heldout_dropped)
+    return job, progress, [*notes, *prompt_notes, *benchmark_notes]
 
 
 def _benchmarks(
@@ -123,9 +129,9 @@ def _beginning(config: TrainConfig) -> Progress:
     return Progress(supervised_step=0 if config.trainer.supervised.steps else None)
 
 
-def _restored(checkpoint: Path, updater: Updater) -> Progress:
-    """What a checkpoint knows beside the weights, in its place."""
-    progress = restore(checkpoint, updater.optimizer)
+def _restore(checkpoint: Path, progress: Progress, updater: Updater) -> None:
+    """Put what a checkpoint knows beside the weights in its place."""
+    restore(checkpoint, updater.optimizer)
     if progress.filter_sums is not None:
         sums = torch.tensor(progress.filter_sums, dtype=torch.float64)
         if updater.takes(sums):
@@ -134,7 +140,6 @@ def _restored(checkpoint: Path, updater: Updater) -> Progress:
             progress.filter_sums = None
     if progress.max_tokens is not None:
         updater.max_tokens = min(updater.max_tokens, progress.max_tokens)
-    return progress
 
 
 def make_objective(config: TrainConfig) -> Objective:
@@ -159,8 +164,8 @@ def _correction(config: TrainConfig) -> TruncatedImportance | MaskedImportance |
     """`auto`: wherever the sampler's log-probabilities are not the trainer's but for float32 rounding."""
     cap, kind = config.rollout.correction_cap, config.rollout.correction
     if kind == "auto":
-        _, half = choose_device(config.model)
-        kind = "truncate" if half or config.rollout.name == "vllm" else "none"
+        _, dtype = choose_device(config.model)
+        kind = "truncate" if dtype != "float32" or config.rollout.name == "vllm" else "none"
     made = {"none": None, "truncate": TruncatedImportance(cap), "mask": MaskedImportance(1 / cap, cap)}
     return made[kind]
 
@@ -196,14 +201,6 @@ def _expanded(path: str) -> Path:
     return Path(os.path.expanduser(path)).resolve()
 
 
-def _scorer(policy: Policy, temperature: float) -> tuple[Scorer, list[str]]:
-    """What computes log-probabilities, and what that costs if it is slow."""
-    half = policy.dtype == "bfloat16"
-    if half:
-        merge_in_forward(policy.model)
-    return policy.way.scorer(policy.model, temperature, half), [*policy.way.notes, *_padding(policy)]
-
-
 def _padding(policy: Policy) -> list[str]:
     """What it costs that a model cannot be packed, if it cannot."""
     if policy.way.packed:
@@ -224,4 +221,6 @@ def _reference(config: TrainConfig, policy: Policy, scorer: Scorer) -> Scorer | 
     if config.model.lora.rank:
         return dataclasses.replace(scorer, model=without_adapters(scorer.model))
     start = load_policy(config.model, before=policy.way)
-    return start.way.scorer(start.model.requires_grad_(False), scorer.temperature, scorer.half)
+    start.model.requires_grad_(False)
+    start.narrow()
+    return start.way.scorer(start.model, scorer.temperature, scorer.half)

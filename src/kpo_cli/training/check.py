@@ -53,7 +53,7 @@ def check_fit(config: TrainConfig, run_dir: Path | None) -> list[str]:
 
     Raises UserError for what cannot fit. What cannot be estimated stops nothing, and says so.
     """
-    device, half = choose_device(config.model)
+    device, dtype = choose_device(config.model)
     with loading_errors(config.model):
         model_config = transformers_config(config.model)
     if getattr(model_config.get_text_config(), "num_attention_heads", None) is None:  # Mamba and its kin
@@ -62,7 +62,7 @@ def check_fit(config: TrainConfig, run_dir: Path | None) -> list[str]:
             f"values; take another architecture"
         )
     try:
-        plan = plan_memory(config, model_config, device, half)
+        plan = plan_memory(config, model_config, device, half=dtype != "float32")
     except Exception as error:  # loading the model will say it better, if it is more than the plan that fails
         return [f"memory: no estimate ({type(error).__name__}: {first_line(error)})"]
     warning = check_memory(plan)

@@ -9,7 +9,7 @@ from kpo_cli.core import Objective
 from kpo_cli.core.rounding import Rounding
 from kpo_cli.policy.batch import Batch
 from kpo_cli.policy.memory import lacks_memory
-from kpo_cli.policy.scorer import Scorer
+from kpo_cli.policy.unrounded import Unrounded
 
 RESPONSES = 8
 """That are measured in a step, spread over its second mini-batch, the first one with ratios."""
@@ -19,8 +19,7 @@ RESPONSES = 8
 class Exact:
     """Responses of the second mini-batch with their exact old log-probabilities, taken before the first step."""
 
-    scorer: Scorer
-    """Of the policy itself, in float32."""
+    unrounded: Unrounded
     rows: Tensor
     """(n,) within the batch."""
     old_log_probs: Tensor
@@ -28,18 +27,18 @@ class Exact:
     max_tokens: int
 
     @classmethod
-    def begin(cls, scorer: Scorer | None, batch: Batch, parts: list[Tensor], max_tokens: int) -> "Exact | None":
+    def begin(cls, unrounded: Unrounded | None, batch: Batch, parts: list[Tensor], max_tokens: int) -> "Exact | None":
         """None where the run computes in float32, has one mini-batch, or no memory for a pass in float32."""
-        if scorer is None or len(parts) < 2:
+        if unrounded is None or len(parts) < 2:
             return None
         places = torch.linspace(0, len(parts[1]) - 1, min(RESPONSES, len(parts[1]))).round().long()
         rows = parts[1][places]
-        old = _log_probs(scorer, batch, rows, max_tokens)
-        return None if old is None else cls(scorer, rows, old, max_tokens)
+        old = _log_probs(unrounded, batch, rows, max_tokens)
+        return None if old is None else cls(unrounded, rows, old, max_tokens)
 
     def rounding(self, batch: Batch, objective: Objective, old: Tensor, z: Tensor) -> Rounding | None:
         """Behind the first step: how far the run's own numbers, (N, T) each, are off in these responses."""
-        exact = _log_probs(self.scorer, batch, self.rows, self.max_tokens)
+        exact = _log_probs(self.unrounded, batch, self.rows, self.max_tokens)
         if exact is None:
             return None
         part = batch.rows(self.rows)
@@ -49,15 +48,16 @@ class Exact:
 
 
 @torch.no_grad()
-def _log_probs(scorer: Scorer, batch: Batch, rows: Tensor, max_tokens: int) -> Tensor | None:
+def _log_probs(unrounded: Unrounded, batch: Batch, rows: Tensor, max_tokens: int) -> Tensor | None:
     """(n, T) of some rows; None where memory does not suffice. Nothing that is only measured may stop a run."""
     mask = batch.rows(rows).response_mask
     values = torch.zeros(mask.shape)
     places = {row: place for place, row in enumerate(rows.tolist())}
     try:
-        for micro in scorer.split(batch, rows, max_tokens):
-            log_probs = scorer(batch.rows(micro))[0].cpu().float()
-            values[[places[row] for row in micro.tolist()], : log_probs.shape[1]] = log_probs
+        with unrounded.weighted() as scorer:
+            for micro in scorer.split(batch, rows, max_tokens):
+                log_probs = scorer(batch.rows(micro))[0].cpu()
+                values[[places[row] for row in micro.tolist()], : log_probs.shape[1]] = log_probs
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from kpo_cli.config import TrainerConfig
+from kpo_cli.policy.sharding import local, trained_weights
 
 
 def make_optimizer(model: Any, config: TrainerConfig) -> torch.optim.AdamW:
-    """Over the weights of `model` that train."""
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Over the weights of `model` that train; `give_gradients` gives it what those of a sharded one have."""
+    weights = trained_weights(model)
     kinds = {"sampling": SamplingAdamW, "always": HostAdamW}
     kind = torch.optim.AdamW if model.device.type == "cpu" else kinds.get(config.offload_optimizer, torch.optim.AdamW)
     return kind(weights, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
@@ -66,6 +67,13 @@ class HostAdamW(_MovingAdamW):
             parameter.grad = None
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
+
+
+def give_gradients(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Before a step: the gradients of what trains in `model`, to the tensors that `make_optimizer` took of it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for weight, parameter in zip(optimizer.param_groups[0]["params"], trained, strict=True):
+        weight.grad = local(parameter.grad)
 
 
 def leave_device(optimizer: torch.optim.Optimizer) -> None:

@@ -20,7 +20,7 @@ from kpo_cli.rollout.check import FIRST_TOKENS, RESPONSES, SamplerCheck, Score
 from kpo_cli.rollout.engine import VLLMEngine, free_memory, given_bytes, gpu_needs, sequences
 from kpo_cli.rollout.hf import Report
 from kpo_cli.rollout.room import MOMENTS, choose_offload
-from kpo_cli.rollout.trial import choose_ways
+from kpo_cli.rollout.trial import Trial, choose_ways
 from kpo_cli.rollout.ways import Ways
 
 
@@ -34,8 +34,34 @@ class Made:
     serves: bool
     """Its log-probabilities were seen to be the trainer's but for float32 rounding."""
     notes: list[str]
-    ways: Ways | None = None
-    """Of the training weights themselves."""
+
+
+def try_ways(
+    config: TrainConfig, policy: Policy, scorer: Scorer, prompts: Sequence[list[int]], before: Ways | None = None
+) -> Trial | None:
+    """How to sample from the training weights themselves, found out in float32; None where an engine samples.
+
+    To be called before `policy.narrow`. `prompts`: of their tokens are those of the trial. `before` is how a run that
+    is resumed sampled. Raises UserError if there is no way.
+    """
+    if config.rollout.name == "vllm":
+        return None
+    own = _own_sampler(config, policy, Workers(), None)
+    if policy.half:
+        own = own.changed(lean=False)  # as it will be
+    return choose_ways(own, trainer_score(scorer), prompts, before)
+
+
+def _own_sampler(config: TrainConfig, policy: Policy, workers: Workers, progress: Report | None) -> HFSampler:
+    return HFSampler(
+        policy.model,
+        stop_ids=policy.stop_ids,
+        temperature=config.rollout.temperature,
+        max_response_tokens=config.rollout.max_response_tokens,
+        batch_size=config.rollout.batch_size,
+        workers=workers,
+        progress=progress,
+    )
 
 
 def make_sampler(
@@ -46,30 +72,19 @@ def make_sampler(
     workers: Workers,
     progress: Report,
     reserved: int,
-    before: Ways | None = None,
+    trial: Trial | None,
 ) -> Made:
-    """The configured sampler, tried on a few of the `prompts`, or on made-up ones of their tokens.
+    """The configured sampler; `trial` is that of `try_ways`. An engine is tried here, on a few of the `prompts`.
 
-    `before` is how a run that is resumed sampled. An engine leaves `reserved` bytes of a GPU to the trainer, beside
-    what it holds already. Raises UserError if it does not start, or does not give the trainer's log-probabilities.
+    It leaves `reserved` bytes of a GPU to the trainer, beside what that holds already. Raises UserError if it does not
+    start, or does not give the trainer's log-probabilities.
     """
-    rollout, half = config.rollout, policy.dtype == "bfloat16"
-    if rollout.name != "vllm":
-        own = HFSampler(
-            policy.model,
-            stop_ids=policy.stop_ids,
-            temperature=rollout.temperature,
-            max_response_tokens=rollout.max_response_tokens,
-            batch_size=rollout.batch_size,
-            half=half,
-            workers=workers,
-            progress=progress,
-        )
-        score = trainer_score(dataclasses.replace(scorer, half=False))
-        found = choose_ways(own, score, half, prompts, before)
-        # In bfloat16 a token by itself is not rounded as it is among others.
-        check = SamplerCheck(trainer_score(scorer), half, own=True) if half else None
-        return Made(own.changed(ways=found.ways), check, found.serves and not half, found.notes(), found.ways)
+    rollout = config.rollout
+    if trial is not None:
+        own = _own_sampler(config, policy, workers, progress).changed(ways=trial.ways)
+        # In 16 bits a token by itself is not rounded as it is among others.
+        check = SamplerCheck(trainer_score(scorer), True, own=True) if policy.half else None
+        return Made(own, check, trial.serves and not policy.half, trial.notes())
     engine = VLLMEngine(
         policy,
         max_length=rollout.max_prompt_tokens + rollout.max_response_tokens,
@@ -88,7 +103,7 @@ def make_sampler(
             progress=progress,
         )
 
-    check = SamplerCheck(trainer_score(scorer), half, policy.model.device.type == "cuda")
+    check = SamplerCheck(trainer_score(scorer), policy.half, policy.model.device.type == "cuda")
     first = prompts[:RESPONSES]
     try:
         short = limited(FIRST_TOKENS)

@@ -17,6 +17,7 @@ from kpo_cli.config import TrainerConfig
 from kpo_cli.errors import RunStopped
 from kpo_cli.policy.load import Policy
 from kpo_cli.policy.memory import LESS_MEMORY, lacks_memory
+from kpo_cli.policy.sharding import full
 from kpo_cli.runs.checkpoints import NotSaved, Progress, checkpoints, is_damaged, save_checkpoint
 from kpo_cli.runs.directory import RunDir, first_line
 from kpo_cli.training.stopping import resume_command
@@ -71,7 +72,7 @@ class Saver:
         """Save `whole` unless it is the beginning, or there already."""
         begun = whole.step > 0 or whole.supervised_step != (0 if self.config.supervised.steps else None)
         if begun and is_damaged(self.run.path / "checkpoints" / whole.label):
-            if not all(p.sum().isfinite() for p in self.policy.model.parameters()):
+            if not all(full(p.sum()).isfinite() for p in self.policy.model.parameters()):
                 return f"its weights are not finite and not saved; {self._lost()}"
             try:
                 self._write(whole)

@@ -20,10 +20,12 @@ from kpo_cli.errors import RunStopped, SamplingFailed
 from kpo_cli.policy.batch import Batch
 from kpo_cli.policy.memory import lacks_memory
 from kpo_cli.policy.scorer import Scorer
+from kpo_cli.policy.sharding import full, recover
 from kpo_cli.policy.threads import Workers
+from kpo_cli.policy.unrounded import Unrounded
 from kpo_cli.rollout.check import GROSS, SERVES, Gap
 from kpo_cli.training.exact import Exact
-from kpo_cli.training.optimizer import HostAdamW
+from kpo_cli.training.optimizer import HostAdamW, give_gradients
 
 Result = TypeVar("Result")
 
@@ -110,7 +112,7 @@ class Updater:
     """Found by the last update, over its first mini-batch."""
     reference: Scorer | None = None
     """The policy that a reference KL is taken to."""
-    exact: Scorer | None = None
+    unrounded: Unrounded | None = None
     """The same policy in float32, where the run computes in 16 bits."""
     workers: Workers = field(default_factory=Workers)
     _proven: int = 0
@@ -125,7 +127,7 @@ class Updater:
         nothing to the loss but decides the signs of the smallest log-ratios, and signs are what is analysed.
         """
         parts = self._mini_batches(batch)
-        exact = Exact.begin(self.exact, batch, parts, self.max_tokens) if measured else None
+        exact = Exact.begin(self.unrounded, batch, parts, self.max_tokens) if measured else None
         old, learned = self._begin(batch, parts, for_record)
         record, size = UpdateRecord.empty(*batch.response_ids.shape), self.max_tokens
         for number, (rows, old_log_probs) in enumerate(zip(parts, old, strict=True)):
@@ -138,7 +140,7 @@ class Updater:
             if number == 1 and exact is not None:  # here the weights are one step from the old ones
                 record.rounding = exact.rounding(batch, self.objective, record.old_log_probs, record.log_ratio)
             self._optimizer_step(batch, rows, learned, record)
-        self.optimizer.zero_grad(set_to_none=True)  # sampling has better use for the memory
+        self._drop_gradients()  # sampling has better use for the memory
         return record
 
     def distrust(self) -> None:
@@ -229,7 +231,7 @@ class Updater:
                 return
             size = self.max_tokens
             self._learn_all(batch, largest, None, beside_gradients=crowded)
-            self.optimizer.zero_grad(set_to_none=True)
+            self._drop_gradients()
             if self.max_tokens == size:
                 self._proven = tokens
 
@@ -246,32 +248,36 @@ class Updater:
         """Holds the memory that AdamW's moments will take in the first step and do not yet, since they were never made
         or are in host memory: so what fits before it fits behind it."""
         kept_away = isinstance(self.optimizer, HostAdamW)
-        absent = [p for p in self._parameters() if not kept_away and not self._has_moments(p)]
+        weights = self.optimizer.param_groups[0]["params"]
+        absent = [weight for weight in weights if not kept_away and not self._has_moments(weight)]
         room = [torch.empty_like(p) for p in absent for _ in range(2)]
         try:
             yield
         finally:
             room.clear()
 
-    def _has_moments(self, parameter: Tensor) -> bool:
+    def _has_moments(self, weight: Tensor) -> bool:
         """On its device."""
-        return any(
-            t.dim() > 0 and t.device == parameter.device for t in self.optimizer.state.get(parameter, {}).values()
-        )
+        return any(t.dim() > 0 and t.device == weight.device for t in self.optimizer.state.get(weight, {}).values())
 
     def _parameters(self) -> list[Tensor]:
         return [p for p in self.scorer.model.parameters() if p.requires_grad]
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scorer.model.zero_grad(set_to_none=True)  # the same ones, but where they are parts of sharded ones
 
     def _optimizer_step(self, batch: Batch, rows: Tensor, learned: list["Micro"], record: UpdateRecord) -> None:
         parameters = self._parameters()
         for micro in learned:
             if micro.gradients is not None:
                 _add_gradients(parameters, micro.gradients)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        norm = float(full(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)))
         if not np.isfinite(norm):
             raise RunStopped("the gradient is not finite: the weights have exploded; lower trainer.lr")
         record.grad_norms.append(norm)
         if self._loss_mask(batch)[rows].any():  # else truncated responses alone (mask_truncated): not stepped on
+            give_gradients(self.scorer.model, self.optimizer)
             self.optimizer.step()
 
     def _learn_all(
@@ -332,7 +338,7 @@ class Updater:
     def _map(self, work: Callable[[Tensor], Result], batch: Batch, rows: Tensor) -> list[Result]:
         """`work` on each micro-batch of `rows`. Begun anew with smaller ones when the device is out of memory."""
         while True:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._drop_gradients()
             parts = self.scorer.split(batch, rows, self.max_tokens)
             try:
                 return self.workers.map(work, parts)
@@ -340,6 +346,7 @@ class Updater:
                 if not lacks_memory(error) or len(parts) == len(rows):  # nothing left to cut
                     raise
             # Out of the handler, so that the failed pass is not kept alive by the error's traceback.
+            recover(self.scorer.model)
             self.max_tokens //= 2
             self._proven = 0
             gc.collect()
