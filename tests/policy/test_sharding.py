@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from kpo_cli.config import LoraConfig
 from kpo_cli.core import load_objective
-from kpo_cli.policy.fidelity import choose_way
+from kpo_cli.policy.fidelity import WideSoftmax, choose_way
 from kpo_cli.policy.load import load_policy, narrow
 from kpo_cli.policy.lora import add_adapters, named_weights
 from kpo_cli.policy.recompute import recompute_layers
@@ -117,7 +117,10 @@ def test_in_bfloat16_it_is_the_model_with_rounded_weights(name, packed):
     assert {name: g.dtype for name, g in own.items()} == dict.fromkeys(own, torch.float32)
     assert all(torch.equal(own[name], theirs[name].float()) for name in theirs)
     exact.set_attn_implementation("eager")
-    truth, _ = learn(Scorer(exact.double(), 0.7), batch)
+    if exact.config._experts_implementation is not None:
+        exact.set_experts_implementation("eager")  # a grouped product has no float64
+    with WideSoftmax():
+        truth, _ = learn(Scorer(exact.double(), 0.7), batch)
     assert (found[0] - truth)[batch.response_mask].abs().mean() < 0.06
     total = sum(float(g.square().sum()) for g in gradients(exact).values())
     apart = sum(float((own[name] - g).square().sum()) for name, g in gradients(exact).items())
@@ -191,17 +194,17 @@ def test_a_pass_that_fails_on_the_way_leaves_no_trace(when, by_hand, monkeypatch
         monkeypatch.delattr(FSDPModule, "reset_iter_state", raising=False)
     model = model_of("qwen3", recompute=when == "backward")
     narrow(model, HALF)
-    job, calls = updater(model, max_tokens=120), []
+    job, calls = updater(model), []
 
     def fail(*_):
-        calls.append(torch._C._current_graph_task_id() != -1)  # within a backward pass
-        if calls.count(when == "backward") == 3 and calls[-1] == (when == "backward"):
+        calls.append("forward" if torch._C._current_graph_task_id() == -1 else "backward")
+        if calls[-1] == when and calls.count(when) == 2:  # after the rehearsal, and before the first step
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    model.model.layers[0].mlp.register_forward_hook(fail)
+    model.model.layers[0].self_attn.register_forward_hook(fail)
     ratios = [job.update(ragged_batch()).log_ratio for _ in range(2)]
-    assert job.max_tokens == 60
-    for one, two in zip(outcome(job, ratios), outcome(*updated()), strict=True):
+    assert job.max_tokens == 30
+    for one, two in zip(outcome(job, ratios), outcome(*updated(max_tokens=30)), strict=True):
         assert torch.equal(one, two)
 
 

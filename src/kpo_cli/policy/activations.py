@@ -111,9 +111,7 @@ def activation_bytes(model: Decoder, batch: Pass) -> int:
             working += 10 * model.hidden * model.intermediate
     elif batch.half:
         around = 2 * tables
-        working += (
-            6 * model.matrices // model.layers
-        )  # a layer's, and in float32 the gradients of the one above
+        working += 6 * model.matrices // model.layers  # a layer's, and in float32 the gradients of the one above
         last = 10 * tables  # gradients in 16 bits, and twice in float32 as they are reduced
     else:
         last = waiting + 4 * square * (2 if model.tied else 1)  # and their sum
