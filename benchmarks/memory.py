@@ -35,11 +35,14 @@ from kpo_cli.policy import scorer as scoring
 from kpo_cli.policy.activations import Decoder, Pass, activation_bytes
 from kpo_cli.policy.attention import NAME, Packing
 from kpo_cli.policy.batch import Batch, make_batch
-from kpo_cli.policy.lora import adaptable, add_adapters, merge_in_forward
+from kpo_cli.policy.load import narrow
+from kpo_cli.policy.lora import adaptable, add_adapters
 from kpo_cli.policy.memory import GIB, state_bytes
 from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.response import Response
 from kpo_cli.policy.scorer import PackedBatch, Scorer, pack
+from kpo_cli.policy.sharding import local, mesh_of_one, trained_weights
+from kpo_cli.training.optimizer import give_gradients
 
 SHAPES = {
     "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
@@ -74,15 +77,36 @@ class Peak(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        self._note(local(tensor).untyped_storage())
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._sizes:
             weakref.finalize(storage, self._free, storage._cdata)
-            self._sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
+        size = storage.nbytes()
+        self.now += size - self._sizes.get(storage._cdata, 0)
+        self._sizes[storage._cdata] = size
+        self.most = max(self.most, self.now)
 
     def _free(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+    def __enter__(self) -> "Peak":
+        """Sharding frees weights by making their storage small, which is no operation."""
+        resize = torch.UntypedStorage.resize_
+
+        def noted(storage: torch.UntypedStorage, size: int) -> Any:
+            resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._note(storage)
+
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", noted)
+        self._patch.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.stop()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
@@ -100,20 +124,22 @@ def rows_of(groups: int, group: int, prompt: int, response: int) -> Batch:
 
 def count(config: PretrainedConfig, batch: Batch, *, half: bool, recompute: bool, lora: LoraConfig) -> Counted:
     """A micro-batch of all rows of `batch` through a model of that configuration."""
-    packed = pack(batch, torch.device("cpu"))  # reads numbers, which fake tensors do not have
+    # Both read numbers, which fake tensors do not have.
+    packed, mesh = pack(batch, torch.device("cpu")), mesh_of_one(torch.device("cpu"))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
     if recompute:
         recompute_layers(model)
     if lora.rank:
         add_adapters(model, lora)
-        if half:
-            merge_in_forward(model)
     fake, peak = FakeTensorMode(), Peak()
     inputs = Batch(**{name: fake.from_tensor(value) for name, value in vars(batch).items()})
     with fake, _without_numbers(_faked(packed, fake)):
         _leave_meta(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        if half:
+            with mock.patch("kpo_cli.policy.load.mesh_of_one", return_value=mesh):
+                narrow(model, torch.bfloat16)
+        trained = trained_weights(model)
         optimizer = torch.optim.AdamW(trained, fused=True)
         scorer, objective = Scorer(model, 1.0, half, packed=True), load_objective("grpo")
         with peak:
@@ -121,6 +147,7 @@ def count(config: PretrainedConfig, batch: Batch, *, half: bool, recompute: bool
                 peak.add(parameter)
             weights = peak.now
             _pass(scorer, objective, inputs)
+            give_gradients(model, optimizer)
             optimizer.step()
             peak.most = peak.now
             _pass(scorer, objective, inputs)
@@ -193,8 +220,7 @@ def planned(config: PretrainedConfig, batch: Batch, *, half: bool, recompute: bo
     sizes = packed.input_ids.numel(), rows, packed.predictors.numel()
     state = weights + gradients + moments
     peak = state + activation_bytes(decoder, Pass(*sizes, half, recompute, adapters, on_gpu=False))
-    trained = gradients // 4 if lora.rank else sum(p.numel() for p in model.parameters())
-    return Counted(weights, gradients, moments, peak, state - (2 * trained if half else 0))  # no copies by then
+    return Counted(weights, gradients, moments, peak, state)
 
 
 def main() -> None:

@@ -5,9 +5,9 @@
 
 A step is what `kpo train` does with a rollout batch, through its own `Updater`: two mini-batches of `--tokens` tokens
 each, of which the second needs old log-probabilities. 0.6b and 4b have the shapes of Qwen3-0.6B and Qwen3-4B, small has
-4 layers of 256 and a vocabulary of 32,768, and tiny only shows that all of it runs. Weights are float32, under bfloat16
-autocast on CUDA. Lengths of responses are spread evenly from 1/8 of the longest to the longest. The variants take turns
-in every repeat; the first round warms up and is not counted.
+4 layers of 256 and a vocabulary of 32,768, and tiny only shows that all of it runs. Weights are float32, and computed with
+in bfloat16 on CUDA. Lengths of responses are spread evenly from 1/8 of the longest to the longest. The variants take
+turns in every repeat; the first round warms up and is not counted.
 
 - packed, chunked: no padding, no (tokens, vocabulary) logits; what `kpo train` does.
 - packed, plain: the same with logits of all response tokens at once.
@@ -59,10 +59,11 @@ from kpo_cli.core import linear_log_probs, load_objective, token_log_probs
 from kpo_cli.policy import scorer as scoring
 from kpo_cli.policy.batch import Batch, make_batch
 from kpo_cli.policy.fidelity import choose_way
-from kpo_cli.policy.load import choose_kernels
+from kpo_cli.policy.load import choose_kernels, narrow
 from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.response import Response
 from kpo_cli.policy.scorer import Scorer
+from kpo_cli.policy.sharding import trained_weights
 from kpo_cli.training.optimizer import HostAdamW
 from kpo_cli.training.step import Updater
 
@@ -134,6 +135,13 @@ def make_model(shape: Shape, device: str) -> Any:
         model = Qwen3ForCausalLM(config).eval()
     if reason := choose_way(model).unpacked_because:
         raise SystemExit(f"this model cannot be packed: {reason}")
+    return model
+
+
+def in_its_dtype(model: Any) -> Any:
+    """The model as `kpo train` has it compute: in bfloat16 on CUDA."""
+    if model.device.type == "cuda":
+        narrow(model, torch.bfloat16)
     return model
 
 
@@ -298,7 +306,6 @@ def one_step(
     patched = mock.patch.object(scoring, "linear_log_probs", log_probs)
     with patched, timed_optimizer(optimizer, clock), clock.phase("step"):
         updater.update(batch)
-    optimizer.zero_grad(set_to_none=True)
     seconds = clock.seconds
     seconds["fwd+bwd"] = seconds.pop("learn") - seconds["objective"]
     parts = ("old", "fwd+bwd", "objective", "optimizer")
@@ -332,7 +339,7 @@ def peak_flops(device: str) -> tuple[float, str]:
 
 def make_optimizer(model: Any, host: bool) -> torch.optim.Optimizer:
     """AdamW as `kpo train` makes it; `host`: as under trainer.offload_optimizer=always."""
-    return (HostAdamW if host else torch.optim.AdamW)(model.parameters(), lr=1e-7, fused=True)
+    return (HostAdamW if host else torch.optim.AdamW)(trained_weights(model), lr=1e-7, fused=True)
 
 
 def measure_steps(
@@ -347,7 +354,7 @@ def measure_steps(
     """A row of medians for each of the `variants`; `peak` is the flops a second that MFU is of, and what they are."""
     shape = SHAPES[name]
     batch = make_rows(shape, tokens)
-    model = make_model(shape, device)
+    model = in_its_dtype(make_model(shape, device))
     optimizer = make_optimizer(model, host)
     flops, learning_flops = step_flops(shape, batch)
     peak, device_label = peak or peak_flops(device)
@@ -392,12 +399,14 @@ STEP_COLUMNS = {
 def log_prob_stage(kind: str, tokens: int, shape: Shape, device: str, threads: int) -> dict[str, Any]:
     """One forward and backward pass from hidden states to log-probabilities, in a process of its own."""
     torch.set_num_threads(threads)
-    hidden = torch.randn(tokens, shape.hidden, device=device, requires_grad=True)
-    weight = (shape.hidden**-0.5 * torch.randn(shape.vocabulary, shape.hidden, device=device)).requires_grad_()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden = torch.randn(tokens, shape.hidden, device=device, dtype=dtype, requires_grad=True)
+    weight = shape.hidden**-0.5 * torch.randn(shape.vocabulary, shape.hidden, device=device, dtype=dtype)
+    weight.requires_grad_()
     ids = torch.randint(shape.vocabulary, (tokens,), device=device)
     clock, memory = Clock(device), PeakMemory(device)
     compute = linear_log_probs if kind == "chunked" else plain_log_probs
-    with clock.phase("stage"), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    with clock.phase("stage"):
         log_probs, _ = compute(hidden, weight, ids, 1.0)
         log_probs.mean().backward()
     return {"kind": kind, "tokens": tokens, "seconds": clock.seconds["stage"], "peak": memory.read()}

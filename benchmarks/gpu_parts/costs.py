@@ -7,7 +7,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from step import GROUP, SHAPES, Variant, make_model, make_optimizer, make_rows, measure_steps, one_step, peak_flops
+from step import (
+    GROUP,
+    SHAPES,
+    Variant,
+    in_its_dtype,
+    make_model,
+    make_optimizer,
+    make_rows,
+    measure_steps,
+    one_step,
+    peak_flops,
+)
 
 from gpu_parts import NOT_MEASURED, Numbers, Setting, composed, require, saved_model
 from gpu_parts.machine import GIB
@@ -16,7 +27,6 @@ from kpo_cli.policy.memory import MemoryPlan, plan_memory
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler
 from kpo_cli.rollout.check import SamplerCheck
-from kpo_cli.training import assemble
 from kpo_cli.training.sampler import trainer_score
 
 MEASURED_PEAK = (790e12, "bf16 matrix products reach 790 TFLOP/s there")
@@ -31,7 +41,7 @@ def memory(setting: Setting) -> Numbers:
     wrong: list[str] = []
     for name, (tokens, large) in cases.items():
         case = f"{name}, {tokens:,} tokens{', recompute, offload' if large else ''}"
-        model = make_model(SHAPES[name], setting.device)
+        model = in_its_dtype(make_model(SHAPES[name], setting.device))
         plan = planned(model.config, tokens, large, setting)
         parts = {part: getattr(plan, part) / GIB for part in ("weights", "gradients", "optimizer", "activations")}
         yield {f"{case}: planned {part}, GiB": size for part, size in parts.items()}
@@ -96,7 +106,8 @@ def rollout(setting: Setting) -> Numbers:
     path = saved_model(setting, **(SMALL_BODY if setting.small else LARGE_BODY))
     config = composed(f"model.path='{path}'", f"model.device={setting.device}", "model.dtype=bfloat16")
     policy = load_policy(config.model)
-    scorer, _ = assemble._scorer(policy, 1.0)
+    policy.narrow()
+    scorer = policy.way.scorer(policy.model, 1.0, policy.half)
     prompts, length = (2, 24) if setting.small else (32, 128)
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(256, (20 + i,), generator=draw).tolist() for i in range(prompts)]

@@ -18,10 +18,10 @@ from kpo_cli.core import linear_log_probs, load_objective
 from kpo_cli.core.filters import FILTERS
 from kpo_cli.core.robust import _triton_kernel, launch_triton, saturated_scan_torch
 from kpo_cli.policy.batch import Batch
-from kpo_cli.policy.load import load_policy
+from kpo_cli.policy.load import load_policy, narrow
 from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.scorer import Scorer
-from kpo_cli.training import assemble
+from kpo_cli.policy.sharding import full, trained_weights
 from kpo_cli.training.step import Updater
 
 TINY = Shape(64, 2, 4, 2, 32, 128, 256, 160, 6)
@@ -60,17 +60,18 @@ def on_policy(setting: Setting) -> Numbers:
 
 def loaded_scorer(*overrides: str) -> Scorer:
     """As `kpo train` makes it."""
-    scorer, notes = assemble._scorer(load_policy(composed(*overrides).model), 1.0)
-    if not scorer.packed:
-        raise AssertionError("; ".join(notes))
-    return scorer
+    policy = load_policy(composed(*overrides).model)
+    if policy.way.unpacked_because:
+        raise AssertionError(policy.way.unpacked_because)
+    policy.narrow()
+    return policy.way.scorer(policy.model, 1.0, policy.half)
 
 
 def largest_ratios(scorer: Scorer, batch: Batch, tokens: int, recompute: bool, lr: float) -> list[float]:
     """Largest |z| of each mini-batch; the first is 0 by construction. Mini-batches have two micro-batches."""
     model = scorer.model
     recompute_layers(model, recompute)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
+    optimizer = torch.optim.AdamW(trained_weights(model), lr=lr, fused=True)
     objective = load_objective("kpo")
     updater = Updater(scorer, optimizer, objective, MINI_BATCHES, tokens // 2 + 1, 1.0, mask_truncated=False)
     record = updater.update(batch, for_record=True)
@@ -90,8 +91,11 @@ def layouts(setting: Setting) -> Numbers:
     wrong: list[str] = []
     bounds = {"float32": 1e-4, "bfloat16": 0.3}
     for dtype, packed in itertools.product(bounds, (True, False)):
-        scorer = Scorer(model, 1.0, dtype == "bfloat16", packed)
-        got = values_and_gradients(model, weights, lambda _, scorer=scorer: scorer(batch)[0])
+        own = deepcopy(model)
+        if dtype == "bfloat16":
+            narrow(own, torch.bfloat16)
+        scorer = Scorer(own, 1.0, dtype == "bfloat16", packed)
+        got = values_and_gradients(own, weights, lambda _, scorer=scorer: scorer(batch)[0])
         values, gradients = errors(got, truth)
         case = f"{dtype}, {'packed' if packed else 'padded'}"
         yield {f"{case}: largest error of a log-prob, nats": values, f"{case}: worst gradient, relative": gradients}
@@ -143,9 +147,10 @@ def values_and_gradients(
     model: Any, weights: Tensor, score: Callable[[Any], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     values = score(model)
-    named = dict(model.named_parameters())
-    gradients = torch.autograd.grad((values * weights).sum(), list(named.values()))
-    return values.detach().double() * (weights != 0), dict(zip(named, [g.double() for g in gradients], strict=True))
+    model.zero_grad()
+    (values * weights).sum().backward()
+    gradients = {name: full(parameter.grad).double() for name, parameter in model.named_parameters()}
+    return values.detach().double() * (weights != 0), gradients
 
 
 def errors(got: tuple[Tensor, dict[str, Tensor]], want: tuple[Tensor, dict[str, Tensor]]) -> tuple[float, float]:
@@ -171,8 +176,7 @@ def log_probs(setting: Setting) -> Numbers:
     wrong: list[str] = []
     bounds = {"float32": (1e-4, 1e-4), "bfloat16": (1e-3 if setting.cuda else 0.1, 0.02)}
     for dtype, bound in bounds.items():
-        with torch.autocast(setting.device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            got = our_stage(hidden, weight, ids, mix, chunk=tokens // 3)
+        got = our_stage(hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype)), ids, mix, tokens // 3)
         for name, one, other in zip(("log-prob", "entropy", "d hidden", "d weight"), got, want, strict=True):
             gradient = name.startswith("d ")
             off = (one.double() - other).norm() / other.norm() if gradient else (one.double() - other).abs().max()

@@ -90,7 +90,7 @@ def policy(tmp_path):
 
 @pytest.fixture
 def stand(policy, monkeypatch, tmp_path):
-    stand = Stand(policy.model)
+    stand = Stand(policy_of("builtin", tmp_path).model)
     stand.served.bfloat16()
     monkeypatch.setattr(vllm, "LLM", stand.make)
     monkeypatch.setattr(engines, "_check_platform", lambda device, config: None)

@@ -5,6 +5,8 @@ import torch
 from vllm_policies import check_of, gaps, policy_of, prompts_of, sampler_of, started, update
 
 from kpo_cli.errors import SamplingFailed
+from kpo_cli.policy.lora import named_weights
+from kpo_cli.policy.sharding import local
 from kpo_cli.rollout.engine import installed
 
 if not installed():
@@ -123,11 +125,11 @@ def test_any_tensor_that_stays_behind_is_seen(shape, overrides, tmp_path, monkey
     policy = policy_of(shape, tmp_path, *overrides)
     with started(policy) as engine:
         assert engine.notes == []
-        old = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+        old = {name: tensor.clone() for name, tensor in named_weights(policy.model)}
         with torch.no_grad():  # what Adam does: the learning rate, up or down
-            for parameter in policy.model.parameters():
+            for parameter in map(local, policy.model.parameters()):
                 parameter += 1e-4 * torch.randn_like(parameter).sign() * parameter.abs().clamp(min=1)
-        weights = policy.model.state_dict()
+        weights = dict(named_weights(policy.model))
         for name, tensor in weights.items():
             late = {other: old[other] for other, t in weights.items() if t.data_ptr() == tensor.data_ptr()}  # tied ones
             with monkeypatch.context() as patch:
@@ -171,7 +173,7 @@ def test_one_step_that_was_not_pushed_is_seen_by_the_check_alone(tmp_path):
 def test_a_float32_head_makes_the_logits_of_the_trainer(tmp_path):
     """On a GPU those are float32 sums of bfloat16 products; the engine's own would be rounded to bfloat16."""
     policy = policy_of("builtin", tmp_path, "model.dtype=bfloat16")
-    weight = policy.model.lm_head.weight.detach().bfloat16().float()
+    weight = local(policy.model.lm_head.weight.detach()).bfloat16().float()
     hidden = 4 * torch.randn(9, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
     errors = {}
     for head, overrides in ((torch.float32, {}), (torch.bfloat16, {"head_dtype": "model"})):

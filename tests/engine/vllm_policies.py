@@ -13,6 +13,7 @@ from conftest import compose
 
 from kpo_cli.config import train_config
 from kpo_cli.policy.load import load_policy
+from kpo_cli.policy.sharding import trained_weights
 from kpo_cli.rollout import VLLMSampler
 from kpo_cli.rollout.check import SamplerCheck, model_score
 from kpo_cli.rollout.engine import VLLMEngine
@@ -23,8 +24,14 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 def policy_of(shape: str, folder: Path, *overrides: str):
     """The built-in policy, or a twin of tests/hub_twin.py; the twins' qwen2 and llama with wider heads."""
+    policy = load_policy(_config(shape, folder, *overrides).model)
+    policy.narrow()
+    return policy
+
+
+def _config(shape: str, folder: Path, *overrides: str):
     if shape == "builtin":
-        return load_policy(train_config(compose(*overrides)).model)
+        return train_config(compose(*overrides))
     if shape == "qwen3":
         path = hub_twin.shared_model(shape)
     else:
@@ -32,12 +39,12 @@ def policy_of(shape: str, folder: Path, *overrides: str):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(hub_twin.SHAPES, shape, dataclasses.replace(family, config=family.config | HEADS))
             path = hub_twin.make_model(shape, folder / shape)
-    return load_policy(train_config(compose("model=hub", f"model.path='{path}'", *overrides)).model)
+    return train_config(compose("model=hub", f"model.path='{path}'", *overrides))
 
 
 def bare(model):
     """What the engine asks of a policy, around a model without a tokenizer."""
-    return SimpleNamespace(model=model, dtype="float32")
+    return SimpleNamespace(model=model, dtype="float32", half=False)
 
 
 @contextmanager
@@ -55,7 +62,7 @@ def sampler_of(engine, stop_ids, **changes) -> VLLMSampler:
 
 
 def check_of(policy, temperature: float = 0.7) -> SamplerCheck:
-    return SamplerCheck(model_score(policy, temperature), policy.dtype == "bfloat16")
+    return SamplerCheck(model_score(policy, temperature), policy.half)
 
 
 def prompts_of(policy, count: int = 6) -> list[list[int]]:
@@ -83,6 +90,5 @@ def update(policy, seed: int) -> None:
     """Change every weight that trains, as an optimizer step of a large learning rate would."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in policy.model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.02 * torch.randn(parameter.shape, generator=draw)
+        for weight in trained_weights(policy.model):
+            weight += 0.02 * torch.randn(weight.shape, generator=draw)

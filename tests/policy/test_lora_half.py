@@ -16,10 +16,11 @@ from kpo_cli.config import LoraConfig
 from kpo_cli.core import load_objective
 from kpo_cli.policy import lora
 from kpo_cli.policy.fidelity import choose_way
-from kpo_cli.policy.load import load_policy
-from kpo_cli.policy.lora import adapted, add_adapters, merge_in_forward, merged_once, named_weights, without_adapters
+from kpo_cli.policy.load import load_policy, narrow
+from kpo_cli.policy.lora import adapted, add_adapters, merged_once, named_weights, without_adapters
 from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.scorer import Scorer
+from kpo_cli.policy.sharding import full
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler
 from kpo_cli.training.step import Updater
@@ -79,7 +80,7 @@ def pair(name, size=0.1, packed=True):
     plain = wrapped.merge_and_unload().requires_grad_(True)
     for each in (model, plain):
         assert not packed or choose_way(each).packed
-    merge_in_forward(model)
+        narrow(each, torch.bfloat16)
     return Scorer(model, 0.8, True, packed), Scorer(plain, 0.8, True, packed)
 
 
@@ -96,6 +97,7 @@ def test_log_probs_are_those_of_the_merged_model_to_the_bit(name, packed):
         assert (below - expected[0]).abs().max() > 0.1  # the adapters do something
         start = Scorer(copy.deepcopy(_base(name)), 0.8, True)
         assert not packed or choose_way(start.model).packed
+        narrow(start.model, torch.bfloat16)
         assert torch.equal(below, Scorer(start.model, 0.8, True, packed)(batch)[0])
     assert torch.equal(ours(batch)[0], expected[0])  # with gradients as well
 
@@ -117,7 +119,7 @@ def objective_gradients(scorer, batch, model):
     log_probs, _ = scorer(batch)
     weight = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(5))
     torch.where(batch.response_mask, log_probs * weight.to(log_probs), 0).sum().backward()
-    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: full(p.grad).double() for name, p in model.named_parameters() if p.grad is not None}
 
 
 class Plain64(torch.nn.Module):
@@ -232,7 +234,7 @@ def policy():
         if parameter.requires_grad:
             parameter.data.normal_(0, 0.1, generator=draw)
     assert made.way.packed
-    merge_in_forward(made.model)
+    made.narrow()
     return made
 
 
@@ -266,6 +268,7 @@ def test_the_sampler_samples_from_the_merged_model(policy):
     wrapped.load_state_dict({key: value.float() for key, value in state.items()})
     merged = wrapped.merge_and_unload()
     assert choose_way(merged.requires_grad_(True)).packed
+    narrow(merged.requires_grad_(False), torch.bfloat16)
     assert sampled(policy.model) == sampled(merged)
 
 
@@ -279,7 +282,7 @@ def test_saved_and_loaded_it_is_the_same(policy, tmp_path):
     policy.save(tmp_path / "saved")
     again = load_policy(model_config(hub_twin.shared_model("qwen3"), rank=4, dtype="bfloat16"), tmp_path / "saved")
     assert again.way.packed
-    merge_in_forward(again.model)
+    again.narrow()
     assert sampled(again.model) == sampled(policy.model)
     lora.save_merged(policy.model, tmp_path / "merged")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
@@ -287,15 +290,13 @@ def test_saved_and_loaded_it_is_the_same(policy, tmp_path):
         assert torch.equal(whole[name].float(), tensor.float()), name
 
 
-def test_an_adapted_head_that_is_the_embedding_leaves_it_in_float32():
-    """Whatever the embedding says goes into the residual stream, which is float32 under autocast."""
-    model = copy.deepcopy(_base("qwen3"))
+def test_an_adapted_head_that_is_the_embedding_is_one_tensor_with_it():
+    """In 16 bits as well, and in what is saved."""
+    model, plain = (copy.deepcopy(_base("qwen3")) for _ in range(2))
     add_adapters(model, LoraConfig(4, 12.0, ["lm_head", "q_proj"], False))
-    merge_in_forward(model)
-    kinds = {layer.get_base_layer().weight.dtype for layer in adapted(model)}
-    assert kinds == {torch.float32, torch.bfloat16}
-    assert model.get_input_embeddings().weight.dtype == torch.float32
-    assert {tensor.dtype for _, tensor in named_weights(model)} == {torch.float32}
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        plain, ids = copy.deepcopy(_base("qwen3")), torch.arange(5, 25)[None]
-        assert torch.equal(model(ids).logits, plain(ids).logits)  # B is 0
+    narrow(model, torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert model.lm_head.get_base_layer().weight is model.get_input_embeddings().weight
+    narrow(plain.requires_grad_(False), torch.bfloat16)
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(model(ids).logits, plain(ids).logits)  # B is 0

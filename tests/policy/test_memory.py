@@ -159,7 +159,7 @@ def test_what_is_off_the_device_is_counted_where_it_is(monkeypatch):
     count = plans["none"].parameters
     assert count == 596_049_920
     assert [plan.optimizer for plan in plans.values()] == [8 * count, 8 * count, 0]
-    assert [plan.sampling - plan.cache for plan in plans.values()] == [14 * count, 6 * count, 6 * count]
+    assert [plan.sampling - plan.cache for plan in plans.values()] == [12 * count, 4 * count, 4 * count]
     assert all(plan.most == max(plan.fixed + plan.activations, plan.sampling) for plan in plans.values())
 
 

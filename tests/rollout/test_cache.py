@@ -4,6 +4,8 @@ The truth is the plain forward pass, or the same sampler as it is on a CPU in fl
 """
 
 import copy
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -11,12 +13,11 @@ import torch
 import transformers
 from small_runs import model_config
 from test_sampler_models import PROMPTS, SHAPES, SMALL, log_softmax_behind, model_of, sampler_of
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from kpo_cli.policy.attention import NAME
-from kpo_cli.policy.load import load_policy
+from kpo_cli.policy.load import load_policy, narrow
 from kpo_cli.rollout import HFSampler, cache
 from kpo_cli.rollout.cache import GrowingLayer, rounded_up, spread
 
@@ -185,9 +186,9 @@ def test_a_window_holds_what_transformers_holds(prompt, window, block):
 
 
 def half_model(name):
-    """As `load_policy` makes one."""
-    model = copy.deepcopy(model_of(name))
-    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    """As `kpo eval` makes one."""
+    model = copy.deepcopy(model_of(name)).requires_grad_(False)
+    narrow(model, torch.bfloat16)
     return model
 
 
@@ -210,23 +211,14 @@ def held(model, monkeypatch, **changes):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "mistral", "phi3", "gemma2", "gemma3", "gpt2", "bloom", "lfm2"])
-def test_a_bfloat16_cache_changes_no_number(name, monkeypatch):
-    """Attention under autocast rounds keys and values anyway."""
-    model = half_model(name)
-    wide, wide_layers = held(model, monkeypatch)
-    narrow, layers = held(model, monkeypatch, half=True)
-    assert narrow == wide  # log-probabilities too
+def test_a_bfloat16_policy_keeps_bfloat16(name, monkeypatch):
+    _, layers = held(half_model(name), monkeypatch)
     assert {t.dtype for layer in layers for t in (layer._key_store, layer._value_store)} == {torch.bfloat16}
-    before, after = (
-        sum(layer._key_store.nbytes + layer._value_store.nbytes for layer in which) for which in (wide_layers, layers)
-    )
-    rotary = name not in ("gpt2", "bloom")  # it leaves keys in float32, and transformers keeps values as it keeps keys
-    assert after == (before / 2 if rotary else before)
 
 
 def test_with_blocks_too(monkeypatch):
     model = half_model("qwen3")
-    sampler = blocked(model, 16, half=True)
+    sampler = blocked(model, 16)
     for prompt, group in zip(PROMPTS, sampler.sample(PROMPTS, 4, (1,)), strict=True):
         for response in group:
             want = log_softmax_behind(model, prompt, response)[range(len(response.token_ids)), response.token_ids]
@@ -239,23 +231,26 @@ def test_a_float32_policy_keeps_float32(monkeypatch):
 
 
 def test_nothing_in_bfloat16_outlives_the_sampling():
-    """Autocast's copies of the weights among it: they would take a third of the trainer's memory for weights."""
+    """The gathered weights among it: they would take a third of the trainer's memory for weights."""
     policy = load_policy(model_config("model.device=cpu", "model.dtype=bfloat16"))
+    policy.narrow()
     made = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16:
-                made.append((tuple(out.shape), StorageWeakRef(out.untyped_storage())))
+                made.append((tuple(out.shape), weakref.ref(out.untyped_storage())))
             return out
 
     settings = {"stop_ids": policy.stop_ids, "temperature": 1.0, "max_response_tokens": 8, "batch_size": 3}
-    sampler = HFSampler(policy.model, half=True, **settings)
+    sampler = HFSampler(policy.model, **settings)
     with Watch():
         sampler.refresh()
         sampler.sample([[5, 6, 7], [8, 9]], 4, (1,))
         sampler.release()
     weights = {tuple(p.shape) for p in policy.model.parameters() if p.dim() == 2}
     assert {shape for shape, _ in made} & weights  # they were there
-    assert not [shape for shape, storage in made if not storage.expired()]
+    gc.collect()
+    held = [storage() for _, storage in made]
+    assert not [storage for storage in held if storage is not None and storage.nbytes()]

@@ -113,30 +113,23 @@ def test_auto_is_resolved_for_the_device(device, overrides, choice, monkeypatch)
 
 
 def test_a_check_of_4b_needs_little():
-    """Autocast would keep 7.5 GiB of copies."""
-    need = check_bytes(QWEN3_4B, 1024 + FIRST_TOKENS, half=True)
-    assert 2 * 2560 * 151936 < need < 2.5 * GIB
-    assert check_bytes(QWEN3_4B, 100_000, True) < check_bytes(QWEN3_4B, 1024, True) + 100_000 * 4 * 60_000
-    assert check_bytes(QWEN3_4B, 1056, half=False) == need - 2 * 2560 * 151936
+    assert 12 * LOGITS_CHECKED * 151936 < check_bytes(QWEN3_4B, 1024 + FIRST_TOKENS) < 1.5 * GIB
+    assert check_bytes(QWEN3_4B, 100_000) < check_bytes(QWEN3_4B, 1024) + 100_000 * 4 * 60_000
 
 
-def test_a_check_keeps_no_copies_and_few_logits():
-    """The largest result of any operation, and autocast's cache, while a long response is scored."""
+def test_a_check_keeps_few_logits():
     policy = load_policy(train_config(compose("model.dtype=bfloat16")).model)
+    policy.model.requires_grad_(False)
+    policy.narrow()
     config = policy.model.config
     draw = torch.Generator().manual_seed(0)
     prompt, response = (torch.randint(32, 120, (n,), generator=draw).tolist() for n in (7, 2 * LOGITS_CHECKED + 3))
-    cached, rows = [], []
-    hooks = [policy.model.lm_head.register_forward_hook(lambda _m, _i, out: rows.append(out.shape[1]))]
-    hooks.append(
-        policy.model.lm_head.register_forward_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
-    )
+    rows = []
+    hook = policy.model.lm_head.register_forward_hook(lambda _m, _i, out: rows.append(out.shape[1]))
     found = model_score(policy, 0.7)(prompt, response)
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
     assert max(rows) == LOGITS_CHECKED + 1
     assert len(rows) == 3
-    assert cached == [False] * 3
     with torch.no_grad():
         logits = policy.model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
     want = torch.log_softmax(logits.float() / 0.7, -1)[range(len(response)), response]

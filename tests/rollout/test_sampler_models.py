@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kpo_cli.policy.attention import decode_attention
-from kpo_cli.policy.load import context_of
+from kpo_cli.policy.load import context_of, narrow
 from kpo_cli.policy.response import Response
+from kpo_cli.policy.sharding import local
 from kpo_cli.policy.threads import Workers
 from kpo_cli.rollout import HFSampler
 from kpo_cli.rollout.cache import GrowingLayer, spread
@@ -202,30 +203,30 @@ def test_progress_counts_every_response_and_token(workers: int):
         assert len(calls) > 4  # more than one a batch
 
 
-def test_weights_are_cast_to_bfloat16_once_a_batch():
+def test_weights_are_cast_to_bfloat16_once_a_sampling():
     """And what comes out is what the trainer's forward pass would say, which casts them each time."""
 
     class Casts(TorchDispatchMode):
         count = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
+            flat = func is torch.ops.aten._to_copy.default and args[0].dim() == 1  # as a sharded weight lies
+            if flat and (kwargs or {}).get("dtype") == torch.bfloat16:
                 Casts.count += 1
             return func(*args, **(kwargs or {}))
 
     model = transformers.Qwen3ForCausalLM(model_of("qwen3").config).eval()
-    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    narrow(model, torch.bfloat16)
     with Casts():
-        groups = sampler_of(model, stop_ids=[119]).sample(PROMPTS[2::2], 2, (1,))
-    linear = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
-    assert Casts.count == linear
+        groups = sampler_of(model, stop_ids=[119], batch_size=2).sample(PROMPTS[2::2], 2, (1,))
+    assert Casts.count == len(list(model.parameters()))
     for prompt, group in zip(PROMPTS[2::2], groups, strict=True):
         for response in group:
             want = log_softmax_behind(model, prompt, response)[range(len(response.token_ids)), response.token_ids]
             torch.testing.assert_close(torch.tensor(response.log_probs), want, atol=0.05, rtol=0.02)
     # Nothing of it is left behind: new weights are seen, and gradients reach them.
     with torch.no_grad():
-        model.lm_head.weight.zero_()
+        local(model.lm_head.weight).zero_()
     (response,) = sampler_of(model).sample([[3]], 1, (0,))[0]
     assert response.log_probs[0] == pytest.approx(-torch.tensor(120.0).log().item(), abs=1e-3)
     model(torch.tensor([[3, 4]])).logits.sum().backward()

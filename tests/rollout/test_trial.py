@@ -97,7 +97,7 @@ def tried(name):
     settings = {"stop_ids": STOPS, "temperature": 0.9, "max_response_tokens": 20, "batch_size": 64}
     sampler = HFSampler(models(name)[0], **settings)
     with short_windows(models(name)[1]):  # as those of the model within the trial
-        return sampler, choose_ways(sampler, truth_of(name), False, [list(range(3, 119))])
+        return sampler, choose_ways(sampler, truth_of(name), [list(range(3, 119))])
 
 
 def gap_of(name, sampler):
@@ -159,7 +159,7 @@ def test_rounding_of_a_deep_model_is_told_from_a_difference():
         return values if wide or model.lm_head.weight.dtype == torch.float64 else values + 2e-4 * (-1) ** len(prompt)
 
     truth = truth_of(name)
-    found = choose_ways(sampler, rounded, False, [list(range(3, 119))])
+    found = choose_ways(sampler, rounded, [list(range(3, 119))])
     assert (found.ways, found.exact, found.serves) == (Ways(), True, False)
 
 
@@ -167,10 +167,10 @@ def test_with_blocks_and_threads_as_it_will_be_used():
     """The trial is of the sampler itself: a cache in blocks that it cannot have is not used either."""
     name = "llama"
     sampler, _ = tried(name)
-    found = choose_ways(sampler.changed(cache_block=5), truth_of(name), False, [list(range(3, 119))])
+    found = choose_ways(sampler.changed(cache_block=5), truth_of(name), [list(range(3, 119))])
     assert found.ways == Ways()
     broken = sampler.changed(cache_block="a stand-in for a block that fails")
-    found = choose_ways(broken, truth_of(name), False, [list(range(3, 119))])
+    found = choose_ways(broken, truth_of(name), [list(range(3, 119))])
     assert found.ways == Ways(shortcuts=False)
     assert gap_of(name, broken.changed(ways=found.ways)).largest < 2e-5
 
@@ -181,8 +181,8 @@ def test_a_run_that_goes_on_is_sampled_as_before():
     assert found.ways == Ways()
     prompts = [list(range(3, 119))]
     slower = Ways(shortcuts=False, mask=True)
-    again = choose_ways(sampler, truth_of("llama"), False, prompts, slower)
+    again = choose_ways(sampler, truth_of("llama"), prompts, slower)
     assert (again.ways, again.exact) == (slower, True)
     assert again.notes() == ["note: this model is sampled with a mask throughout: as before"]
-    near = choose_ways(sampler, lambda *row: truth_of("llama")(*row) + 1e-3, False, prompts, slower)
+    near = choose_ways(sampler, lambda *row: truth_of("llama")(*row) + 1e-3, prompts, slower)
     assert (near.ways, near.exact) == (slower, False)

@@ -134,23 +134,24 @@ def test_the_engine_sleeps_while_the_trainer_scores_at_the_start(monkeypatch):
     monkeypatch.setattr(samplers, "trainer_score", lambda scorer: score)
     config = train_config(compose("rollout=vllm"))
     for device, packed, float32 in (("cpu", True, False), ("cuda", True, True), ("cuda", False, False)):
-        policy = SimpleNamespace(dtype="bfloat16", stop_ids=[1], model=SimpleNamespace(device=torch.device(device)))
+        model = SimpleNamespace(device=torch.device(device))
+        policy = SimpleNamespace(dtype="bfloat16", half=True, stop_ids=[1], model=model)
         scorer = SimpleNamespace(packed=packed)
-        made = samplers.make_sampler(config, policy, scorer, [[1], [2]], None, None, 77)
+        assert samplers.try_ways(config, policy, scorer, [[1], [2]]) is None
+        made = samplers.make_sampler(config, policy, scorer, [[1], [2]], None, None, 77, None)
         assert engine.calls == ["generate", "sleep", "score", "score"]
         assert settings["reserved"] == 77
         assert settings["float32_logits"] is float32  # where the trainer's own are
         assert made.check.half
         assert made.check.gpu is (device == "cuda")
         assert made.notes[0] == "a note"
-        assert made.ways is None
         engine.calls.clear()
 
 
 def test_an_evaluations_engine_leaves_room_for_its_check(monkeypatch):
     model = load_policy(train_config(compose()).model).model
     on_gpu = SimpleNamespace(device=torch.device("cuda"), config=model.config)
-    policy = SimpleNamespace(dtype="bfloat16", stop_ids=[1], model=on_gpu)
+    policy = SimpleNamespace(dtype="bfloat16", half=True, stop_ids=[1], model=on_gpu)
     prompts = {"b": [SimpleNamespace(token_ids=[1] * length) for length in (3, 70, 9)]}
     config = SimpleNamespace(eval=SimpleNamespace(rollout="vllm", longest=500, engine=None), seed=0)
     given = {}
@@ -163,7 +164,7 @@ def test_an_evaluations_engine_leaves_room_for_its_check(monkeypatch):
     item = SimpleNamespace(policy=policy, prompts=prompts)
     with pytest.raises(UserError, match="so far"), evaluating._engine(item, [SimpleNamespace(name="b")], config, None):
         pass
-    assert given["reserved"] == check_bytes(model.config, 70 + FIRST_TOKENS, True) > 0
+    assert given["reserved"] == check_bytes(model.config, 70 + FIRST_TOKENS) > 0
     assert given["max_length"] == 570
     assert given["float32_logits"] is True
 

@@ -14,8 +14,8 @@ from test_scorer import PACKED, ragged_batch, tiny
 from kpo_cli.config import LoraConfig
 from kpo_cli.core import load_objective
 from kpo_cli.policy.batch import make_batch
-from kpo_cli.policy.fidelity import Way, choose_way
-from kpo_cli.policy.load import Policy, load_policy
+from kpo_cli.policy.fidelity import choose_way
+from kpo_cli.policy.load import load_policy, narrow
 from kpo_cli.policy.lora import add_adapters
 from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.scorer import Scorer
@@ -50,13 +50,8 @@ def scorer_of(name, half, packed, lora=False, checkpointing=False):
         assert recompute_layers(model)
     assert not packed or choose_way(model).packed
     if half:
-        narrow(model)
+        narrow(model, torch.bfloat16)
     return Scorer(model, 0.8, half, packed)
-
-
-def narrow(model):
-    """As `kpo train` does."""
-    Policy(model, Way("sdpa"), None, (), 0, "bfloat16", {}).narrow()
 
 
 @pytest.mark.parametrize(

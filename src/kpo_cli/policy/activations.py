@@ -69,7 +69,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Pass:
-    """A packed micro-batch, forward and backward, under autocast (`half`) or in float32."""
+    """A packed micro-batch, forward and backward, in 16 bits (`half`) or in float32."""
 
     tokens: int
     gathered: int
@@ -85,57 +85,62 @@ class Pass:
 
 
 def activation_bytes(model: Decoder, batch: Pass) -> int:
-    """The peak of a pass beside weights (with autocast's copies of them), gradients and the optimizer's state.
+    """The peak of a pass beside weights, gradients and the optimizer's state.
 
     It is reached in the forward pass of the head, in its backward pass, in the backward pass of the last layer, or in
     that of the embedding, by then with no activations. With recomputation layers keep their input alone, but for the
-    one that is computed again; and autocast's copies are gone once the forward pass is over.
+    one that is computed again. Of weights that train 16 bits are there (policy/sharding.py) of a layer while it is at
+    work, and of embedding and head from the beginning to the end.
     """
-    trained, square = batch.adapters == 0, model.vocabulary * model.hidden
-    hidden = 4 * batch.tokens * model.hidden  # float32 under autocast as well, since the embedding is
+    trained, square, width = batch.adapters == 0, model.vocabulary * model.hidden, 2 if batch.half else 4
+    tables = square * (1 if model.tied else 2)
+    hidden = width * batch.tokens * model.hidden
     layer = _layer_bytes(model, batch)
-    kept = model.layers * (hidden if batch.recompute else layer) + (1 + trained) * hidden  # and the last norm
-    states = 4 * batch.predicted * model.hidden  # those that predict a token
+    kept = model.layers * (hidden if batch.recompute else layer)
+    kept += (4 + width * trained) * batch.tokens * model.hidden  # the last norm
+    states = width * batch.predicted * model.hidden  # those that predict a token
     forward, backward = _head_bytes(model, batch)
-    # The gradient of the head's weight waits for that of the embedding, which comes last, if they are one.
-    waiting = 4 * square if model.tied and trained else 0
-    embedding = 4 * square * (2 if model.tied else 1) if trained else 0  # and their sum
     # In an MLP's backward pass three gradients of its width are there and one activation has gone.
-    working = hidden + 2 * (2 if batch.half else 4) * batch.tokens * model.intermediate
-    if batch.half and not trained:  # the merged weight, its update and their sum in bfloat16 (policy/lora.py)
-        working += 10 * model.hidden * model.intermediate
-    # Autocast's copies: the layers' are kept from the forward to the backward pass, the head's are made for each.
-    head = 2 * square if batch.half else 0
-    of_layers = 2 * model.matrices if batch.half and trained else 0
-    in_backward = 0 if batch.recompute else of_layers
-    at_work = layer + of_layers // model.layers if batch.recompute else 0
+    working = hidden + 2 * width * batch.tokens * model.intermediate + (layer if batch.recompute else 0)
+    # The gradient of the head's weight waits for that of the embedding, which comes last, if they are one.
+    waiting = width * square if trained and (model.tied or batch.half) else 0
+    around = 0
+    if not trained:
+        last = 0
+        if batch.half:  # the merged weight, its update and their sum in 16 bits (policy/lora.py)
+            working += 10 * model.hidden * model.intermediate
+    elif batch.half:
+        around = 2 * tables
+        working += 6 * model.matrices // model.layers  # a layer's, and in float32 the gradients of the one above
+        last = 10 * tables  # gradients in 16 bits, and twice in float32 as they are reduced
+    else:
+        last = waiting + 4 * square * (2 if model.tied else 1)  # and their sum
     moments = (
-        kept + states + hidden + forward + head + of_layers,
-        kept + states + backward + head + in_backward,
-        kept + waiting + working + in_backward + at_work,
-        waiting + embedding + hidden,
+        kept + states + hidden + forward + around,
+        kept + states + backward + around,
+        kept + waiting + working + around,
+        last + hidden,
     )
-    return max(0, max(moments) - (head + of_layers if trained else 0))
+    return max(moments)
 
 
 def _layer_bytes(model: Decoder, batch: Pass) -> int:
     """What a decoder layer keeps for its backward pass, of all tokens.
 
-    Under autocast norms, rotations and the residual stream are float32, each product reads a bfloat16 copy of its own,
-    and what products write is bfloat16. In float32 products that read the same tensor share it. A norm keeps its input
-    and, for the gradient of its weight, what it makes of it. Attention keeps queries, keys, values and its output.
+    Products that read the same tensor share it. A norm keeps its input, in float32 in any case, and, for the gradient
+    of its weight, what it makes of it. Attention keeps queries, keys, values and its output.
     """
     hidden, queries, keys, intermediate = model.hidden, model.queries, model.keys, model.intermediate
     trained = batch.adapters == 0
     width = 2 if batch.half else 4
-    kept = model.norms * (4 + 4 * trained) * hidden
-    kept += (3 + 1 + model.gated) * 2 * hidden if batch.half else 2 * 4 * hidden  # read by q, k, v and by the MLP
+    kept = model.norms * (4 + width * trained) * hidden
+    kept += 2 * width * hidden  # read by q, k, v and by the MLP
     if model.head_norms:
         kept += (4 + width * trained) * (queries + keys)
     kept += width * queries  # read by the output projection
     kept += (4 if model.gated else 2) * width * intermediate  # gate, its activation, the other half, their product
     attention = width * (2 * queries + 2 * keys)
-    if not batch.half:  # in bfloat16 there is no product with A to keep
+    if not batch.half:  # in 16 bits there is no product with A to keep
         kept += int(width * batch.adapters)
     return batch.tokens * kept + batch.gathered * attention
 
@@ -148,8 +153,12 @@ def _head_bytes(model: Decoder, batch: Pass) -> tuple[int, int]:
         forward, backward = (8, 6) if batch.on_gpu else (10, 10)
     else:
         forward, backward = 8, 4
-    gradient = 0 if batch.adapters else 4 * square
-    return forward * block, backward * block + gradient + 4 * batch.predicted * model.hidden
+    peak, gradients = backward * block, (2 if batch.half else 4) * batch.predicted * model.hidden
+    if not batch.adapters:
+        peak += 4 * square
+        if batch.half:  # rounded when all chunks are summed
+            peak = max(peak, 6 * block + 6 * square)
+    return forward * block, peak + gradients
 
 
 def cache_bytes(model: Decoder, rows: int, length: int, half: bool) -> int:

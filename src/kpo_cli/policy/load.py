@@ -76,21 +76,9 @@ class Policy:
         return self.dtype != "float32"
 
     def narrow(self) -> None:
-        """Compute in `dtype` from here on, in place. To be called once; nothing to a policy in float32.
-
-        What trains keeps float32 weights, of which each pass has copies in `dtype` (policy/sharding.py), or adapters
-        that are merged in float32 (policy/lora.py). What does not train is kept in `dtype` alone.
-        """
-        if not self.half:
-            return
-        dtype = getattr(torch, self.dtype)
-        for parameter in self.model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-        if adapted(self.model):
-            merge_in_forward(self.model)
-        elif any(parameter.requires_grad for parameter in self.model.parameters()):
-            shard(self.model, mesh_of_one(self.model.device), dtype)
+        """Compute in `dtype` from here on, in place. To be called once; nothing to a policy in float32."""
+        if self.half:
+            narrow(self.model, getattr(torch, self.dtype))
 
     def save(self, folder: Path) -> None:
         """Write tokenizer and weights: those of the model, or the adapters and, if asked for, the model in merged/."""
@@ -119,6 +107,22 @@ class Policy:
         """Special tokens that open or close a thought."""
         added = self.tokenizer.added_tokens_decoder
         return {i: t.content for i, t in added.items() if t.special and t.content in ("<think>", "</think>")}
+
+
+def narrow(model: Any, dtype: torch.dtype) -> None:
+    """Let a float32 model compute in 16 bits, in place.
+
+    What trains keeps float32 weights, of which each pass has copies in `dtype` (policy/sharding.py), or it is adapters,
+    merged in float32 (policy/lora.py). What does not train is kept in `dtype` alone.
+    """
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    if adapted(model):
+        merge_in_forward(model)
+    elif any(parameter.requires_grad for parameter in parameters):
+        shard(model, mesh_of_one(model.device), dtype)
 
 
 def load_policy(config: ModelConfig, weights: Path | None = None, before: Way | None = None) -> Policy:

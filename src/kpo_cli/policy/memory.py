@@ -38,7 +38,7 @@ class MemoryPlan:
     ways_out: tuple[tuple[str, int], ...] = ()
     """Settings that need less, and how much they need before activations."""
     cache: int = 0
-    """Keys, values and logits of the largest sampling batch of rollout=hf."""
+    """Of rollout=hf: keys, values and logits of its largest batch, and the weights in 16 bits."""
     offloaded: int = 0
     """What of the optimizer is off the device while the policy samples."""
     unknown: str | None = None
@@ -79,7 +79,7 @@ def max_tokens(parameters: int, device: torch.device) -> int:
 
 
 def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, half: bool) -> MemoryPlan:
-    """Count the parameters of a model by its transformers config, without loading it. `half`: bfloat16 forward pass."""
+    """Count the parameters of a model by its transformers config, without loading it. `half`: computed in 16 bits."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -113,17 +113,14 @@ def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, ha
 def state_bytes(model: Any, lora: LoraConfig, half: bool, reference: bool = False) -> tuple[int, int, int]:
     """Bytes of the weights of `model` (without adapters), their gradients and the optimizer's state.
 
-    Autocast keeps a bfloat16 copy of all weights where they train. A reference for a KL is a second model; with
-    adapters it is the one below them, whose adapted layers are frozen and in the forward pass's type.
+    What does not train is kept in the type that is computed in (`half`: 16 bits). A reference for a KL is a second
+    model; with adapters it is the one below them.
     """
-    count = sum(p.numel() for p in model.parameters())
+    count, width = sum(p.numel() for p in model.parameters()), 2 if half else 4
     if not lora.rank:
-        return 4 * count * (2 if reference else 1) + (2 * count if half else 0), 4 * count, 8 * count
-    layers = adaptable(model, lora)
-    frozen = sum(p.numel() for layer in layers for p in layer.parameters())
-    trained = sum(lora.rank * sum(layer.weight.shape) for layer in layers)
-    weights = (2 if half else 4) * frozen + 4 * (count - frozen) + 4 * trained
-    return weights, 4 * trained, 8 * trained
+        return 4 * count + (width * count if reference else 0), 4 * count, 8 * count
+    trained = sum(lora.rank * sum(layer.weight.shape) for layer in adaptable(model, lora))
+    return width * count + 4 * trained, 4 * trained, 8 * trained
 
 
 def _estimates(
@@ -134,17 +131,15 @@ def _estimates(
     try:
         decoder = Decoder.of(model_config.get_text_config(), model)
         adapters = lora.rank * len(adaptable(model, lora)) / decoder.layers
-        tokens, gathered, predicted = largest_micro_batch(config, sum(p.numel() for p in model.parameters()), gpu)
+        count = sum(p.numel() for p in model.parameters())
+        tokens, gathered, predicted = largest_micro_batch(config, count, gpu)
         recompute = config.model.gradient_checkpointing
         activations = activation_bytes(decoder, Pass(tokens, gathered, predicted, half, recompute, adapters, gpu))
         if rollout.name == "vllm":
             return activations, 0, None
         rows = min(rollout.batch_size, max(trainer.prompts_per_step * trainer.group_size, config.data.heldout))
-        return (
-            activations,
-            cache_bytes(decoder, rows, rollout.max_prompt_tokens + rollout.max_response_tokens, half),
-            None,
-        )
+        cache = cache_bytes(decoder, rows, rollout.max_prompt_tokens + rollout.max_response_tokens, half)
+        return activations, cache + (2 * count if half else 0), None
     except NoEstimate as reason:
         return 0, 0, str(reason)
     except Exception as error:  # a stranger's configuration may hold anything

@@ -256,7 +256,8 @@ def model_folder(model: Any) -> Iterator[Path]:
     is a temporary one, and what was compiled is not found again.
     """
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]  # missing where the model came from no file
+    # Missing where the model came from no file; and a sharded one's class has another name.
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
     text = config.to_json_string(use_diff=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     try:

@@ -62,7 +62,7 @@ def check_fit(config: TrainConfig, run_dir: Path | None) -> list[str]:
             f"values; take another architecture"
         )
     try:
-        plan = plan_memory(config, model_config, device, half=dtype != "float32")
+        plan = plan_memory(config, model_config, device, dtype != "float32")
     except Exception as error:  # loading the model will say it better, if it is more than the plan that fails
         return [f"memory: no estimate ({type(error).__name__}: {first_line(error)})"]
     warning = check_memory(plan)
