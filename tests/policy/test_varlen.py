@@ -29,7 +29,7 @@ MODELS = PACKED | {
     "smollm3": SmolLM3Config(**SHAPE, pad_token_id=0),
 }
 CPU = torch.device("cpu")
-REFERENCE = partial(Segments.of, kernel=varlen_reference)
+REFERENCE = partial(Segments.of, kernel=varlen_reference, narrow=False)
 
 
 class Plain:
@@ -439,6 +439,12 @@ def test_a_policy_is_loaded_with_the_kernel_that_its_device_has(monkeypatch):
     assert loaded.way.facts()["varlen"]
     again = Way.stored(loaded.way.facts())
     assert (again, again.kernel) == (loaded.way, None)
+    # What is tried before a run is float32 with the same way, and no kernel's matter.
+    calls.clear()
+    truth = Scorer(loaded.model, 1.0, packed=True)(batch)[0]
+    halved = loaded.way.scorer(loaded.model, 1.0, half=True)
+    assert torch.equal(replace(halved, half=False)(batch)[0], truth)
+    assert calls == []
     whole = load.load_policy(model_config("model.device=cpu", "model.dtype=float32"))
     assert whole.way.kernel is None
     assert not whole.way.facts()["varlen"]

@@ -3,16 +3,20 @@
 Queries stay where a packed micro-batch has them, each token once; only keys and values are gathered, row by row. A
 segment is what a row brings and no row before it had: a prompt with its first response, then one other response each.
 Its queries are the last of the keys that it looks at, which is the alignment of `varlen_attn` (at the bottom right).
+What is computed in float32, as all trials before a run are, goes through buckets: the kernel takes 16 bits alone.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from kpo_cli.policy.attention import Packing
 
 
 class Kernel(Protocol):
@@ -51,9 +55,15 @@ class Segments:
     longest: tuple[int, int]
     """Queries and keys of a segment, at most."""
     kernel: Kernel
+    narrow: bool
+    """The kernel takes 16 bits alone."""
+    rows: Sequence[Tensor]
+    """The places (L,) of each row's tokens."""
 
     @classmethod
-    def of(cls, rows: Sequence[Tensor], tokens: int, device: torch.device, kernel: Kernel) -> "Segments":
+    def of(
+        cls, rows: Sequence[Tensor], tokens: int, device: torch.device, kernel: Kernel, narrow: bool = True
+    ) -> "Segments":
         """Pack `rows`, each the places (L,) of its tokens in order; together they cover 0 to `tokens` - 1.
 
         What a row brings of its own stands at its end, behind what the rows before it brought.
@@ -67,7 +77,13 @@ class Segments:
                 key_ends.append(key_ends[-1] + len(row))
         ends = [torch.tensor(each, dtype=torch.int32) for each in (query_ends, key_ends)]
         longest = int(ends[0].diff().max()), int(ends[1].diff().max())
-        return cls(torch.cat(keys).to(device), ends[0].to(device), ends[1].to(device), longest, kernel)
+        places, *ends = (tensor.to(device) for tensor in (torch.cat(keys), *ends))
+        return cls(places, ends[0], ends[1], longest, kernel, narrow, rows)
+
+    @cached_property
+    def buckets(self) -> Packing:
+        """The same rows, for float32."""
+        return Packing.of(self.rows, int(self.query_ends[-1]), self.places.device)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
         """Causal attention within the rows: (1, M, heads, size) from `query` (1, heads, M, size).
@@ -80,6 +96,8 @@ class Segments:
             query.device.type
         ):  # it casts for sdpa, and not for a kernel that it does not know
             dtype = torch.get_autocast_dtype(query.device.type)
+        if self.narrow and dtype.itemsize > 2:
+            return self.buckets.attend(query, key, value, window, scaling)
         query, key, value = (tensor.to(dtype).squeeze(0).transpose(0, 1) for tensor in given)
         # As in buckets: the backward of F.embedding is the fast one for places that occur more than once.
         key, value = (F.embedding(self.places, t.flatten(1)).unflatten(1, t.shape[1:]) for t in (key, value))
