@@ -59,7 +59,7 @@ PARTS = (
     Part("log_probs", "linear_log_probs against float64", "gpu_parts.numerics:log_probs", 10),
     Part("filters", "filters against float64; Triton", "gpu_parts.numerics:filters", 15),
     Part("backends", "which SDPA runs; a new shape's cost", "gpu_parts.attention:backends", 20),
-    Part("varlen", "varlen attention = our buckets", "gpu_parts.attention:varlen", 12),
+    Part("varlen", "varlen attention = our buckets", "gpu_parts.attention:varlen", 22),
     Part("memory", "peak memory against the plan", "gpu_parts.costs:memory", 40),
     Part("step", "a training step, KPO against GRPO", "gpu_parts.costs:step", 55),
     Part("rollout", "sampling with rollout=hf in bf16", "gpu_parts.costs:rollout", 22),

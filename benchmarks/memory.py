@@ -200,7 +200,7 @@ def _without_numbers(packed: PackedBatch) -> Iterator[None]:
     """Within the block nothing asks for a number: the packing is given, no check is made and no metric computed."""
     with contextlib.ExitStack() as patches:
         for target, replacement in (
-            (mock.patch.object(scoring, "pack"), lambda batch, device: packed),
+            (mock.patch.object(scoring, "pack"), lambda *_: packed),
             (mock.patch("kpo_cli.core.objective.as_mask"), lambda mask: mask),
             (mock.patch("kpo_cli.core.objective.cleaned"), lambda mask, **tensors: tensors),
             (mock.patch.object(RatioSums, "of"), lambda *tensors: RatioSums()),

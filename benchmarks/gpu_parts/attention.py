@@ -1,23 +1,32 @@
 """Attention: which of torch's kernels runs, what a new shape costs, and torch's varlen attention beside our buckets."""
 
-import inspect
 import math
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from filters import milliseconds
-from step import Clock
+from step import Clock, make_rows
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from gpu_parts import NOT_MEASURED, Numbers, Setting, largest, require
-from kpo_cli.policy.attention import Packing, _band, decode_attention, packed_attention
+from gpu_parts import NOT_MEASURED, Numbers, Setting, largest, require, saved_model
+from gpu_parts.numerics import LAYERS, TINY, largest_ratios, loaded_scorer, sizes_of
+from kpo_cli.policy.attention import NAME, Layout, Packing, decode_attention, packed_attention
+from kpo_cli.policy.batch import Batch, make_batch
+from kpo_cli.policy.fidelity import Way
+from kpo_cli.policy.kernels import choose_kernel, kernels_for
+from kpo_cli.policy.response import Response
+from kpo_cli.policy.scorer import pack
+from kpo_cli.policy.varlen import Installed, Kernel, Segments
 
 OPERATION = "aten::_scaled_dot_product_"
 """How the operation behind scaled_dot_product_attention begins; the rest of its name is the backend."""
@@ -109,75 +118,118 @@ def new_shapes(lengths: list[int], setting: Setting, grad: bool, seconds: float)
     return first, second
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """Groups as training packs them: each prompt once, then its responses, which look at it and at themselves."""
-
-    rows: list[Tensor]
-    """The places of each row, prompt and response."""
-    query_lengths: list[int]
-    """Of each sequence, laid end to end: a prompt, or a response alone."""
-    key_places: list[Tensor]
-    """What each of these sequences looks at, itself included: its queries stand at the end (bottom right)."""
-
-    @classmethod
-    def of(cls, prompts: list[int], groups: list[list[int]]) -> "Ragged":
-        rows, lengths, keys, tokens = [], [], [], 0
-        for prompt, responses in zip(prompts, groups, strict=True):
-            shared = torch.arange(tokens, tokens + prompt)
-            lengths.append(prompt)
-            keys.append(shared)
-            tokens += prompt
-            for response in responses:
-                rows.append(torch.cat([shared, torch.arange(tokens, tokens + response)]))
-                lengths.append(response)
-                keys.append(rows[-1])
-                tokens += response
-        return cls(rows, lengths, keys)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.query_lengths)
-
-
 def varlen(setting: Setting) -> Numbers:
-    """torch's varlen attention and our buckets, both against plain float64, in values and gradients."""
-    sizes = ([5, 3], [[4, 9, 1], [7, 2]]) if setting.small else ([256, 100], [[700, 90, 311, 512], [640, 33, 900]])
-    heads, shared, size = (4, 2, 16) if setting.small else (16, 8, 128)
-    ragged = Ragged.of(*sizes)
-    draw = torch.Generator().manual_seed(0)
-    q, k, v, g = (
-        torch.randn(ragged.tokens, n, size, generator=draw).bfloat16().to(setting.device)
-        for n in (heads, shared, shared, heads)
-    )
-    packing = Packing.of(ragged.rows, ragged.tokens, torch.device(setting.device))
+    """torch's varlen attention and our buckets, both against plain float64; then z at lr = 0, and the time of both.
+
+    On a CPU plain torch stands in for the kernel.
+    """
+    shape = TINY if setting.small else LAYERS
+    path = saved_model(setting, num_hidden_layers=shape.layers, **sizes_of(shape))
+    scorer = loaded_scorer(f"model.path='{path}'", f"model.device={setting.device}", "model.dtype=bfloat16")
+    device = torch.device(setting.device)
+    tried = (kernels_for(device, True) or ()) if setting.cuda else (plain_kernel(),)
+    way = choose_kernel(scorer.model, Way(NAME, packed=True), tried)
+    if way.kernel is None:
+        raise AssertionError(*way.notes)
+    yield {"kernel": called(way.kernel), "a bfloat16 policy gets": called(getattr(scorer.layout, "keywords", {}))}
+    layouts: dict[str, Layout] = {"buckets": Packing.of, "varlen": partial(Segments.of, kernel=way.kernel)}
     wrong: list[str] = []
-    dtype = torch.bfloat16 if setting.cuda else torch.float32
-    for window in (None, 4 if setting.small else 128):
-        want = run(partial(plain, ragged=ragged, window=window), (q, k, v), g, torch.float64)
-        case = "causal" if window is None else f"window of {window}"
-        ways = {"buckets": partial(buckets, packing=packing, window=window)}
-        if setting.cuda:
-            ways["varlen"] = partial(torch_varlen, ragged=ragged, window=window)
-        else:  # a second plain way, with the alignment that varlen is documented to have
-            ways["one sequence at a time"] = partial(one_at_a_time, ragged=ragged, window=window)
-            yield {f"varlen, {case}": f"{NOT_MEASURED}: a CPU has none"}
-        for name, way in ways.items():
-            off = [relative(a, b) for a, b in zip(run(way, (q, k, v), g, dtype), want, strict=True)]
-            yield {f"{name}, {case}: error of values": off[0]}
-            yield {f"{name}, {case}: of q, k, v gradients": largest(off[1:])}
-            bound = 0.02 if setting.cuda else 1e-5
-            wrong += [f"{name}, {case}: off by {largest(off):.2g}"] if not largest(off) < bound else []
-        if setting.cuda:
-            calls = {name: partial(run, way, (q, k, v), g, dtype) for name, way in ways.items()}
-            times = {name: milliseconds(call, setting.device, 5) for name, call in calls.items()}
-            yield {f"{name}, {case}, forward and backward, ms": spent for name, spent in times.items()}
-            yield {f"{case}: varlen / buckets, time": times["varlen"] / times["buckets"]}
+    yield from against_float64(setting, layouts, wrong)
+    batch = make_rows(shape, shape.tokens)
+    for recompute in (False, True):
+        of_both = {
+            name: largest_ratios(replace(scorer, layout=layout), batch, shape.tokens, recompute, 0.0)
+            for name, layout in layouts.items()
+        }
+        for name, ratios in of_both.items():
+            case = f"|z| at lr = 0, {name}{', recompute' if recompute else ''}"
+            yield {case: largest(ratios)}
+            wrong += [f"{case}: up to {largest(ratios):.2g}"] if any(ratios) else []
+    yield from times(setting, layouts)
     require(wrong)
 
 
+def plain_kernel() -> Kernel:
+    """The one of the tests."""
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "tests/policy"))
+    from varlen_reference import varlen_reference
+
+    return varlen_reference
+
+
+def called(kernel: Any) -> str:
+    """What runs, and how it is called."""
+    if isinstance(kernel, dict):
+        return called(kernel["kernel"]) if kernel else "buckets"
+    if not isinstance(kernel, Installed):
+        return f"{NOT_MEASURED}: plain torch stands in"
+    options = [name for name in ("flagged", "expanded", "unsplit") if getattr(kernel, name)]
+    return f"torch {torch.__version__}: {', '.join(options) or 'as it is'}"
+
+
+def against_float64(setting: Setting, layouts: dict[str, Layout], wrong: list[str]) -> Numbers:
+    """Values and gradients of attention alone: prompts shared, heads grouped, responses without a token to see."""
+    groups = ((5, (4, 9, 1)), (3, (7, 2))) if setting.small else ((256, (700, 90, 1, 512)), (100, (640, 33, 900)))
+    heads, shared, size = (4, 2, 16) if setting.small else (16, 8, 128)
+    device, batch = torch.device(setting.device), rows_of(groups)
+    rows, tokens = rows_in(batch)
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, g = (
+        torch.randn(1, n, tokens, size, generator=draw).bfloat16().to(device) for n in (heads, shared, shared, heads)
+    )
+    g = g.transpose(1, 2)
+    for window in (None, 4 if setting.small else 128):
+        want = run(partial(plain, rows=rows, window=window), (q, k, v), g, torch.float64)
+        case = "causal" if window is None else f"window of {window}"
+        for name, layout in layouts.items():
+            packing = pack(batch, device, layout).packing
+            got = run(lambda q, k, v, of=packing, w=window: of.attend(q, k, v, w, None), (q, k, v), g, torch.bfloat16)
+            off = [relative(a, b) for a, b in zip(got, want, strict=True)]
+            yield {f"{name}, {case}: error of values": off[0]}
+            yield {f"{name}, {case}: of q, k, v gradients": largest(off[1:])}
+            wrong += [f"{name}, {case}: off by {largest(off):.2g}"] if not largest(off) < 0.02 else []
+
+
+def times(setting: Setting, layouts: dict[str, Layout]) -> Numbers:
+    """Forward and backward, at 16,384 packed tokens of the 0.6B shape; and of the gather alone, by its two ways."""
+    groups = ((6, (4, 9, 17)), (6, (5, 8, 2))) if setting.small else ((256, tuple(range(257, 3778, 503))),)
+    heads, shared, size = (4, 2, 16) if setting.small else (16, 8, 128)
+    device, batch = torch.device(setting.device), rows_of(groups)
+    rows, tokens = rows_in(batch)
+    q, k, v, g = (
+        torch.randn(1, n, tokens, size, device=device, dtype=torch.bfloat16) for n in (heads, shared, shared, heads)
+    )
+    g = g.transpose(1, 2)
+    spent = {}
+    for name, layout in layouts.items():
+        packing = pack(batch, device, layout).packing
+        attend = partial(run, lambda q, k, v, of=packing: of.attend(q, k, v, None, None), (q, k, v), g, torch.bfloat16)
+        spent[name] = milliseconds(attend, setting.device, 5)
+        yield {f"{name}, {tokens:,} tokens, forward and backward, ms": spent[name]}
+    yield {f"varlen / buckets, {tokens:,} tokens, time": spent["varlen"] / spent["buckets"]}
+    places = torch.cat(rows).to(device)
+    flat = torch.randn(tokens, shared * size, device=device, dtype=torch.bfloat16)
+    ways = {"F.embedding": lambda t: F.embedding(places, t), "index_select": lambda t: t.index_select(0, places)}
+    for name, way in ways.items():
+        gather = partial(run, way, (flat,), flat.new_ones(len(places), shared * size), torch.bfloat16)
+        yield {f"keys gathered by {name}, forward and backward, ms": milliseconds(gather, setting.device, 5)}
+
+
+def rows_of(groups: Sequence[tuple[int, Sequence[int]]]) -> Batch:
+    """From (tokens of a prompt, tokens of each response); which tokens they are does not matter here."""
+    answers = [[Response([1] * n, [0.0] * n, True) for n in responses] for _, responses in groups]
+    nothing = torch.zeros(sum(map(len, answers)))
+    return make_batch([[1] * prompt for prompt, _ in groups], answers, nothing, nothing)
+
+
+def rows_in(batch: Batch) -> tuple[list[Tensor], int]:
+    """The places of each row's tokens, and how many there are."""
+    laid: Any = pack(batch, torch.device("cpu"), lambda rows, tokens, _: (rows, tokens))  # type: ignore[arg-type, return-value]
+    return laid.packing  # type: ignore[no-any-return]
+
+
 def run(way: Callable[..., Tensor], inputs: tuple[Tensor, ...], g: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The output (M, heads, size) of a way and the gradients of its three inputs."""
+    """The output of a way and, from its gradient `g`, those of the inputs."""
     leaves = tuple(tensor.detach().to(dtype).requires_grad_() for tensor in inputs)
     out = way(*leaves)
     return out.detach(), *torch.autograd.grad(out, leaves, g.to(out.dtype))
@@ -187,10 +239,11 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, window: int | None) -> Tensor:
+def plain(q: Tensor, k: Tensor, v: Tensor, rows: list[Tensor], window: int | None) -> Tensor:
     """The definition, a row at a time with its whole prompt: softmax over the tokens before, written out."""
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
     out = torch.zeros_like(q)
-    for row in ragged.rows:
+    for row in rows:
         row = row.to(q.device)
         keys, values = (t[row].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[row], keys) / math.sqrt(q.shape[-1])
@@ -200,39 +253,4 @@ def plain(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, window: int | None) -
         attended = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
         # A prompt's tokens come out the same in each of its rows: written over, so that gradients count them once.
         out = out.index_copy(0, row, attended)
-    return out
-
-
-def buckets(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None) -> Tensor:
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-    return packed_attention(q, k, v, packing, window, None)[0]
-
-
-def one_at_a_time(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, window: int | None) -> Tensor:
-    """What varlen attention is said to do, a sequence at a time: its queries are the last of its keys."""
-    outputs = []
-    for queries, places in zip(q.split(ragged.query_lengths), ragged.key_places, strict=True):
-        keys, values = k[places], v[places]
-        seen = _band(len(places), window or len(places), q.device)[-len(queries) :]
-        heads = (t.transpose(0, 1)[None] for t in (queries, keys, values))
-        out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen, enable_gqa=True)
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, window: int | None) -> Tensor:
-    """Asked for by signature: torch 2.10 takes is_causal, 2.11 window_size, later ones enable_gqa as well."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    places = torch.cat(ragged.key_places).to(q.device)
-    lengths = [ragged.query_lengths, [len(keys) for keys in ragged.key_places]]
-    ends = [torch.tensor([0, *n]).cumsum(0).to(q.device, torch.int32) for n in lengths]
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
-    if "window_size" in known:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    elif window is None:
-        options["is_causal"] = True
-    else:
-        raise NotImplementedError(f"varlen_attn of torch {torch.__version__} has no window")
-    return varlen_attn(q, k[places], v[places], *ends, *map(max, lengths), **options)
+    return out[None]

@@ -32,9 +32,7 @@ LAYERS = Shape(1024, 4, 16, 8, 128, 3072, 256, 4096, 64)
 def on_policy(setting: Setting) -> Numbers:
     """The largest |z| of an update whose learning rate is 0: the policy stays, and z is 0 in every mini-batch."""
     shape = TINY if setting.small else LAYERS
-    wide = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "head_dim": shape.head_dim}
-    heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
-    path = saved_model(setting, num_hidden_layers=shape.layers, **wide, **heads)
+    path = saved_model(setting, num_hidden_layers=shape.layers, **sizes_of(shape))
     batch = make_rows(shape, shape.tokens)
     wrong: list[str] = []
     for dtype in ("bfloat16", "float32"):
@@ -56,6 +54,12 @@ def on_policy(setting: Setting) -> Numbers:
             wrong += [f"{dtype}: z stays 0 at a learning rate of 1e-3"] if moved == 0 else []
             yield {f"|z|, {dtype}{', LoRA' if rank else ''}, for comparison at lr = 1e-3": moved}
     require(wrong)
+
+
+def sizes_of(shape: Shape) -> dict[str, int]:
+    """Of a layer."""
+    wide = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "head_dim": shape.head_dim}
+    return wide | {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
 
 
 def loaded_scorer(*overrides: str) -> Scorer:

@@ -24,7 +24,9 @@ sys.path.append(str(BENCHMARKS))  # at the end: its names are plain ones
 import gpu_bundle  # noqa: E402
 from gpu import PARTS, main, read_results, shown, tables  # noqa: E402
 from gpu_parts import Setting, attention, composed, costs, largest, numerics, runs  # noqa: E402
+from varlen_reference import varlen_reference  # noqa: E402
 
+from kpo_cli.policy import attention as packing  # noqa: E402
 from kpo_cli.policy.memory import MemoryPlan  # noqa: E402
 
 FAKE = """
@@ -254,18 +256,33 @@ def small(tmp_path: Path) -> Setting:
     return Setting("cpu", True, 60.0, tmp_path)
 
 
+def looks_ahead(*arguments, window_size, **options):
+    return varlen_reference(*arguments, window_size=(window_size[0], 1), **options)
+
+
 def test_varlen_would_see_another_alignment(small, monkeypatch):
-    list(attention.varlen(small))
-    own = attention._band
-    monkeypatch.setattr(attention, "_band", lambda n, window, device: own(n, window, device).roll(1, 0))
-    with pytest.raises(AssertionError, match="one sequence at a time, causal: off by"):
+    monkeypatch.setattr(attention, "plain_kernel", lambda: looks_ahead)
+    with pytest.raises(AssertionError, match="without torch's varlen attention \\(off by"):
+        list(attention.varlen(small))
+    monkeypatch.setattr(attention, "choose_kernel", lambda model, way, kernels: replace(way, kernel=kernels[0]))
+    with pytest.raises(AssertionError, match=r"varlen, causal: off by .* varlen, window of 4: off by"):
         list(attention.varlen(small))
 
 
 def test_varlen_would_see_a_wrong_bucket(small, monkeypatch):
-    own = attention.packed_attention
-    monkeypatch.setattr(attention, "packed_attention", lambda q, k, v, p, window, scale: own(q, k, v, p, None, scale))
-    with pytest.raises(AssertionError, match="buckets, window of 4: off by"):
+    own = packing.packed_attention
+    monkeypatch.setattr(packing, "packed_attention", lambda q, k, v, p, window, scale: own(q, k, v, p, None, scale))
+    with pytest.raises(AssertionError, match=r"^buckets, window of 4: off by [\d.]+$"):
+        list(attention.varlen(small))
+
+
+def test_varlen_would_see_a_kernel_that_is_not_the_same_twice(small, monkeypatch):
+    def changing(query, *arguments, **options):
+        return varlen_reference(query, *arguments, **options) * (1 + 2**-7 * torch.is_grad_enabled())
+
+    monkeypatch.setattr(attention, "plain_kernel", lambda: changing)
+    monkeypatch.setattr(attention, "choose_kernel", lambda model, way, kernels: replace(way, kernel=kernels[0]))
+    with pytest.raises(AssertionError, match=r"\|z\| at lr = 0, varlen: up to"):
         list(attention.varlen(small))
 
 
@@ -366,52 +383,11 @@ def every(numbers: Any) -> dict[str, Any]:
     return {name: value for some in numbers for name, value in some.items()}
 
 
-def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert is_causal
-    return varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0))
-
-
-def varlen_2_11(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
-):
-    """As torch documents it: sequences end to end, the causal diagonal at the bottom right of each."""
-    assert {cu_seq_q.dtype, cu_seq_k.dtype} == {torch.int32}
-    assert window_size[1] == 0
-    assert {t.dtype for t in (query, key, value)} == {torch.bfloat16}
-    queries, keys = cu_seq_q.tolist(), cu_seq_k.tolist()
-    assert (max_q, max_k) == (max(map(int.__rsub__, queries, queries[1:])), max(map(int.__rsub__, keys, keys[1:])))
-    out = []
-    for i in range(len(queries) - 1):
-        q, k, v = query[queries[i] : queries[i + 1]], key[keys[i] : keys[i + 1]], value[keys[i] : keys[i + 1]]
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * q.shape[-1] ** -0.5
-        back = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
-        seen = (back >= 0) & ((back <= window_size[0]) if window_size[0] >= 0 else True)
-        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v.float()))
-    return torch.cat(out).to(query.dtype)
-
-
-def varlen_2_13(
-    *arguments, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False, seqused_k=None, num_splits=None
-):
-    assert enable_gqa
-    return varlen_2_11(*arguments, window_size=window_size)
-
-
-@pytest.mark.parametrize("installed", [varlen_2_11, varlen_2_13])
-def test_varlen_is_called_as_the_installed_torch_wants_it(pretending, installed, monkeypatch):
-    module = pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(module, "varlen_attn", installed)
-    found = every(attention.varlen(pretending))
-    assert 0 < found["varlen, causal: error of values"] < 0.01
-    assert 0 < found["varlen, window of 4: of q, k, v gradients"] < 0.01
-    assert found["window of 4: varlen / buckets, time"] > 0
-
-
-def test_varlen_of_a_torch_without_windows_is_causal_alone(pretending, monkeypatch):
-    module = pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(module, "varlen_attn", varlen_2_10)
-    with pytest.raises(NotImplementedError, match="has no window"):
+def test_varlen_asks_for_the_kernels_of_a_gpu(pretending, monkeypatch):
+    monkeypatch.setattr(attention, "kernels_for", lambda device, half: (varlen_reference,))
+    assert every(attention.varlen(pretending))["varlen, causal: error of values"] > 0
+    monkeypatch.setattr(attention, "kernels_for", lambda device, half: ())
+    with pytest.raises(AssertionError, match="the installed torch has none"):
         list(attention.varlen(pretending))
 
 

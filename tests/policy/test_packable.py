@@ -120,9 +120,9 @@ def test_weights_come_back_after_an_error():
 # Differences that are none of rounding, on models whose rounding is above the tolerance
 
 
-def shifted(batch, device):
+def shifted(batch, *where):
     """The responses of every prompt one place too far to the right."""
-    inputs = pack(batch, device)
+    inputs = pack(batch, *where)
     prompts = int(batch.prompt_lengths[0])
     positions = inputs.position_ids.clone()
     positions[:, prompts:] += 1

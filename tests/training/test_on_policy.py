@@ -4,12 +4,14 @@ Old log-probabilities come from a pass without gradients and the new ones from o
 casts or shapes between the two would be noise in every ratio.
 """
 
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import pytest
 import torch
 from small_runs import model_config
 from test_scorer import PACKED, ragged_batch, tiny
+from varlen_reference import varlen_reference
 
 from kpo_cli.config import LoraConfig
 from kpo_cli.core import load_objective
@@ -21,6 +23,7 @@ from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.scorer import Scorer
 from kpo_cli.policy.sharding import full, trained_weights
 from kpo_cli.policy.threads import Workers
+from kpo_cli.policy.varlen import Segments
 from kpo_cli.rollout import HFSampler
 from kpo_cli.training.step import Updater
 
@@ -84,6 +87,19 @@ def test_z_is_0_whatever_the_architecture(name, half):
                 module.p = 0.0
         record = still(scorer).update(batch, for_record=True)
         assert torch.equal(record.log_ratio, torch.zeros_like(record.log_ratio))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral with a window"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_z_is_0_by_varlen_attention(name, checkpointing):
+    """With plain torch in the kernel's place: segments, casts and gathers are the same with gradients and without."""
+    scorer = replace(
+        scorer_of(name, True, True, checkpointing=checkpointing),
+        layout=partial(Segments.of, kernel=varlen_reference),
+    )
+    record = still(scorer).update(ragged_batch(prompts=8), for_record=True)
+    assert min(record.grad_norms) > 1e-3
+    assert torch.equal(record.log_ratio, torch.zeros_like(record.log_ratio))
 
 
 def test_an_update_shows():

@@ -3,12 +3,12 @@
 A micro-batch is one sequence of tokens without padding, and every token stands in it once: the responses to a prompt
 share the prompt's. Only attention looks at rows, a prompt and one response each. They are gathered from the packed
 tokens, sorted into buckets of like length, and each bucket goes through one causal attention, where padding on the
-right needs no mask: no token before it looks at it.
+right needs no mask: no token before it looks at it. On a GPU `policy/varlen.py` may take the buckets' place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +23,24 @@ FILL = 0.75
 """A bucket takes rows down to this share of its longest."""
 
 
+class Rows(Protocol):
+    """The rows of a packed sequence of M tokens, as one kind of attention wants them."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
+        """Causal attention within the rows: (1, M, heads, size) from `query` (1, heads, M, size).
+
+        With a `window` a token sees itself and the window - 1 tokens before it.
+        """
+        ...
+
+
+Layout = Callable[[Sequence[Tensor], int, torch.device], Rows]
+"""From rows, each the places (L,) of its tokens in order, which together cover 0 to M - 1; M; and the device."""
+
+
 @dataclass(frozen=True)
 class Packing:
-    """Where the rows of a packed sequence of M tokens lie."""
+    """Rows in buckets."""
 
     buckets: tuple[Tensor, ...]
     """(rows, length) int64 each: the places of a row's tokens, from the left; 0 on padding."""
@@ -55,6 +70,10 @@ class Packing:
             start = end
         return cls(tuple(buckets), order.to(device))
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
+        """See `Rows`."""
+        return packed_attention(query, key, value, self, window, scaling)
+
 
 class Lacking(NotImplementedError):
     """A model wants what sdpa does not have, and would do without in silence."""
@@ -68,7 +87,7 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packing: Packing | None = None,
+    packing: Rows | None = None,
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -84,7 +103,7 @@ def attention(
     if packing is not None:
         if not plain:
             raise NotImplementedError("packed attention has no position bias")
-        return packed_attention(query, key, value, packing, sliding_window, scaling), None
+        return packing.attend(query, key, value, sliding_window, scaling), None
     if plain and query.shape[2] == 1:
         return decode_attention(query, key, value, attention_mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others)

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kpo_cli.errors import UserError
-from kpo_cli.policy.attention import NAME, Lacking
+from kpo_cli.policy.attention import NAME, Lacking, Packing
 from kpo_cli.policy.batch import Batch, make_batch
 from kpo_cli.policy.response import Response
 from kpo_cli.policy.scorer import Scorer
+from kpo_cli.policy.varlen import Kernel, Segments
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 TOLERANCE = 1e-4
@@ -36,6 +38,8 @@ PLAIN_MARKS = ("bos", "eos", "sep", "decoder")
 BOTTOM = 8
 """Of the parameters, so many of the first are of the first layer, or below it."""
 AS_BEFORE = "as before"
+STORED = ("attention", "experts", "packed", "alone")
+"""Of a way, in a manifest."""
 WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size")
 """What models call the number of tokens that they look back."""
 
@@ -51,21 +55,25 @@ class Way:
     packed: bool = False
     alone: bool = False
     """One row at a time."""
+    kernel: Kernel | None = field(default=None, compare=False)
+    """Of varlen attention, for packed rows in 16 bits (`policy/kernels.py`); None: buckets."""
     unpacked_because: str | None = field(default=None, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What the user should know of the way: that it is slow, and why it has to be."""
 
     @classmethod
     def stored(cls, facts: dict[str, Any]) -> "Way":
-        """From a manifest's `facts`."""
-        return cls(**facts)
+        """From a manifest's `facts`. Kernels are tried anew: they belong to a device."""
+        return cls(**{name: value for name, value in facts.items() if name != "varlen"})
 
     def facts(self) -> dict[str, Any]:
-        """For the manifest: what a resumed run has to find again."""
-        return {name: value for name, value in asdict(self).items() if name not in ("unpacked_because", "notes")}
+        """For the manifest: what a resumed run has to find again, and whether varlen attention was there."""
+        told = {name: value for name, value in asdict(self).items() if name in STORED}
+        return told | {"varlen": self.kernel is not None}
 
     def scorer(self, model: Any, temperature: float, half: bool = False) -> Scorer:
-        return Scorer(model, temperature, half, self.packed, self.alone)
+        layout = Packing.of if self.kernel is None else partial(Segments.of, kernel=self.kernel)
+        return Scorer(model, temperature, half, self.packed, self.alone, layout)
 
     def __str__(self) -> str:
         rows = "packed" if self.packed else "one row at a time" if self.alone else "padded"
@@ -76,7 +84,7 @@ class Way:
 
 @torch.no_grad()
 def choose_way(model: Any, before: Way | None = None) -> Way:
-    """Set a model (in float32, not under autocast, in eval mode) to the fastest way that computes what it is.
+    """Set a model (in float32, in eval mode) to the fastest way that computes what it is.
 
     `before` is the way of a run that goes on with it: that is taken even a little outside of the tolerance, since with
     another one the numbers would change in the middle of the run. Raises UserError if there is no way.
@@ -250,8 +258,7 @@ def plain_logits(model: Any, ids: Tensor) -> Tensor:
     The model is left with that attention and those experts.
     """
     _use(model, Way("eager", model.config._experts_implementation and "eager"))
-    # Without the autocast that the sampler's calls are wrapped in.
-    logits: Tensor = type(model).forward(model, input_ids=ids[None], use_cache=False).logits[0]
+    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
     return logits
 
 

@@ -16,6 +16,7 @@ from kpo_cli.builtin import POLICY_DIR
 from kpo_cli.config import Architecture, ModelConfig
 from kpo_cli.errors import UserError
 from kpo_cli.policy.fidelity import Way, choose_way
+from kpo_cli.policy.kernels import choose_kernel, kernels_for
 from kpo_cli.policy.lora import (
     MERGED,
     adapted,
@@ -179,6 +180,7 @@ def load_policy(config: ModelConfig, weights: Path | None = None, before: Way | 
             load_adapters(model, weights)
     device, dtype = choose_device(config)
     way = _prepare(model, tokenizer, stop_ids, config, device, before)
+    way = choose_kernel(model, way, kernels_for(device, dtype != "float32"))
     identity = model_identity(config, model)
     return Policy(model, way, tokenizer, stop_ids, parameters, dtype, identity, config.lora.merge_checkpoints)
 

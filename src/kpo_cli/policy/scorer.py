@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kpo_cli.core import linear_log_probs, token_log_probs
-from kpo_cli.policy.attention import Packing
+from kpo_cli.policy.attention import Layout, Packing, Rows
 from kpo_cli.policy.batch import Batch
 from kpo_cli.policy.sharding import within
 
@@ -24,12 +24,12 @@ class PackedBatch:
 
     input_ids: Tensor  # (1, M) int64
     position_ids: Tensor  # (1, M) int64: place in the row, counted from its prompt's first token
-    packing: Packing
+    packing: Rows
     predictors: Tensor  # (R,) int64: the place whose hidden state predicts a response token; row after row
     targets: Tensor  # (R,) int64: that token
 
 
-def pack(batch: Batch, device: torch.device) -> PackedBatch:
+def pack(batch: Batch, device: torch.device, layout: Layout = Packing.of) -> PackedBatch:
     """Lay a batch out without padding. The last token of a response predicts nothing and is left out."""
     lengths = batch.response_mask.sum(-1).tolist()
     prompt_lengths, index = batch.prompt_lengths.tolist(), batch.prompt_index.tolist()
@@ -50,7 +50,7 @@ def pack(batch: Batch, device: torch.device) -> PackedBatch:
     return PackedBatch(
         torch.cat(ids)[None].to(device),
         torch.cat(positions)[None].to(device),
-        Packing.of(rows, tokens, device),
+        layout(rows, tokens, device),
         torch.cat(predictors).to(device),
         batch.response_ids[batch.response_mask].to(device),
     )
@@ -68,6 +68,8 @@ class Scorer:
     """The model has packed attention (`fidelity.choose_way`)."""
     alone: bool = False
     """Each row is a micro-batch of its own: the model is another one where rows are padded."""
+    layout: Layout = Packing.of
+    """Of packed rows, for attention."""
 
     def __call__(self, batch: Batch, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the response tokens and entropies (nats), both (N, T), on the model's device.
@@ -78,7 +80,7 @@ class Scorer:
         return within(self.model, lambda: score(batch, entropy_gradient))
 
     def _packed(self, batch: Batch, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
-        inputs = pack(batch, self.model.device)
+        inputs = pack(batch, self.model.device, self.layout)
         # A mask of four dimensions is passed on as it is; packed attention does not read it.
         no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.model.device)
         hidden = self.model.get_decoder()(
