@@ -76,7 +76,7 @@ class Way:
 
 @torch.no_grad()
 def choose_way(model: Any, before: Way | None = None) -> Way:
-    """Set a model (in float32, not under autocast, in eval mode) to the fastest way that computes what it is.
+    """Set a model (in float32, in eval mode) to the fastest way that computes what it is.
 
     `before` is the way of a run that goes on with it: that is taken even a little outside of the tolerance, since with
     another one the numbers would change in the middle of the run. Raises UserError if there is no way.
@@ -250,7 +250,6 @@ def plain_logits(model: Any, ids: Tensor) -> Tensor:
     The model is left with that attention and those experts.
     """
     _use(model, Way("eager", model.config._experts_implementation and "eager"))
-    # Without the autocast that the sampler's calls are wrapped in.
     logits: Tensor = type(model).forward(model, input_ids=ids[None], use_cache=False).logits[0]
     return logits
 
