@@ -5,9 +5,9 @@
 
 A step is what `kpo train` does with a rollout batch, through its own `Updater`: two mini-batches of `--tokens` tokens
 each, of which the second needs old log-probabilities. 0.6b and 4b have the shapes of Qwen3-0.6B and Qwen3-4B, small has
-4 layers of 256 and a vocabulary of 32,768, and tiny only shows that all of it runs. Weights are float32, and in bfloat16
-where a pass on CUDA reads them. Lengths of responses are spread evenly from 1/8 of the longest to the longest. The variants take
-turns in every repeat; the first round warms up and is not counted.
+4 layers of 256 and a vocabulary of 32,768, and tiny only shows that all of it runs. Weights are float32, and computed
+with in bfloat16 on CUDA. Lengths of responses are spread evenly from 1/8 of the longest to the longest. The variants
+take turns in every repeat; the first round warms up and is not counted.
 
 - packed, chunked: no padding, no (tokens, vocabulary) logits; what `kpo train` does.
 - packed, plain: the same with logits of all response tokens at once.

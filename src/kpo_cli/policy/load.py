@@ -116,13 +116,12 @@ def narrow(model: Any, dtype: torch.dtype) -> None:
     What trains keeps float32 weights, of which each pass has copies in `dtype` (policy/sharding.py), or it is adapters,
     merged in float32 (policy/lora.py). What does not train is kept in `dtype` alone.
     """
-    parameters = list(model.parameters())
-    for parameter in parameters:
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     if adapted(model):
         merge_in_forward(model)
-    elif any(parameter.requires_grad for parameter in parameters):
+    elif any(parameter.requires_grad for parameter in model.parameters()):
         shard(model, mesh_of_one(model.device), dtype)
 
 

@@ -343,10 +343,10 @@ class Updater:
             try:
                 return self.workers.map(work, parts)
             except (RuntimeError, MemoryError) as error:
+                recover(self.scorer.model)  # also for whoever saves it
                 if not lacks_memory(error) or len(parts) == len(rows):  # nothing left to cut
                     raise
             # Out of the handler, so that the failed pass is not kept alive by the error's traceback.
-            recover(self.scorer.model)
             self.max_tokens //= 2
             self._proven = 0
             gc.collect()
