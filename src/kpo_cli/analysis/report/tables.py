@@ -14,6 +14,8 @@ from kpo_cli.terminal import text_of
 WITH_NULLS = ("switch_frequency", "mean_off_policy_run_length", "low_frequency_energy", "autocorrelation")
 """Statistics that get a table of their own on the terminal."""
 SHARES = {"switch_frequency", "switch_frequency_two_state", "low_frequency_energy", "off_policy_share"}
+CORRELATIONS = {"autocorrelation", "sign_autocorrelation", "prediction", "prediction_within_places"}
+"""Shown with three places: three digits of what is around 0 are of any length."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Table:
             title_justify="left",
             caption_justify="left",
             box=SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
+            show_edge=False,
         )
         for i, column in enumerate(self.columns):
             side: Any = "left" if i < self.label_columns else "right"
@@ -42,37 +47,36 @@ class Table:
         return table
 
 
-def number(value: float | None, share: bool = False) -> str:
-    """Three digits; shares as percentages; a dash for what does not exist."""
+def number(value: float | None, share: bool = False, fixed: bool = False) -> str:
+    """Three digits, or three places where `fixed`; shares as percentages; a dash for what does not exist."""
     if value is None or value != value:
         return "-"
-    return f"{value:.1%}" if share else f"{value:.3g}"
+    return f"{value:z.1%}" if share else f"{value:z.3f}" if fixed else f"{value:.3g}"
 
 
-def interval(pair: Any, share: bool = False) -> str:
+def interval(pair: Any, share: bool = False, fixed: bool = False) -> str:
     if pair is None or any(value is None or value != value for value in pair):
         return "-"
-    return f"{number(pair[0], share).rstrip('%')}..{number(pair[1], share)}"
+    return f"{number(pair[0], share, fixed).rstrip('%')}..{number(pair[1], share, fixed)}"
 
 
 def statistic_table(found: dict[str, Any], name: str) -> Table:
     """One statistic of every series, beside its nulls."""
-    share, rows = name in SHARES, []
+    share, fixed, rows = name in SHARES, name in CORRELATIONS, []
     for series, entry in found["filters"].items():
         line = entry[name]
         nulls = [line["null_shuffled"], line["null_sign_flipped"]]
         observed = next((null["observed"] for null in nulls if null), None)
-        value, ci = number(line["value"], share), interval(line["ci"], share)
-        rows.append([series, value, ci, number(observed, share), *(_null(null, share) for null in nulls)])
+        value, ci = number(line["value"], share, fixed), interval(line["ci"], share, fixed)
+        bands = [null_band(null, share, fixed) for null in nulls]
+        rows.append([series, value, ci, number(observed, share, fixed), *bands])
     columns = ["series", "value", "95%", "sample", "shuffled", "signs flipped"]
     return Table(STATISTICS[name].label.capitalize(), columns, rows)
 
 
-def _null(null: dict[str, Any] | None, share: bool) -> str:
+def null_band(null: dict[str, Any] | None, share: bool = False, fixed: bool = False) -> str:
     """The band of the null's family, and a star where the sample lies outside."""
-    if null is None:
-        return "-"
-    return f"{interval(null['band'], share)} {'*' if outside(null) else ' '}"
+    return "-" if null is None else f"{interval(null['band'], share, fixed)} {'*' if outside(null) else ' '}"
 
 
 def outside(null: dict[str, Any]) -> bool:
@@ -86,7 +90,8 @@ def order_table(found: dict[str, Any]) -> Table:
     for name, label in ORDER.items():
         nulls = [found["order"][kind]["statistics"][name] for kind in ("null_shuffled", "null_sign_flipped")]
         observed = next((null["observed"] for null in nulls if null), None)
-        rows.append([label, number(observed), *(_null(null, False) for null in nulls)])
+        fixed = name in CORRELATIONS
+        rows.append([label, number(observed, fixed=fixed), *(null_band(null, fixed=fixed) for null in nulls)])
     return Table("Order of raw log-ratios", ["statistic", "sample", "shuffled", "signs flipped"], rows)
 
 
