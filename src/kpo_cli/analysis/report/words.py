@@ -13,7 +13,8 @@ NOTHING_PASSED = 0.05
 def summary(found: dict[str, Any]) -> str:
     """One paragraph."""
     facts = found["source"]
-    if not facts["off_policy_tokens"] or not found["filters"]["raw"]["std"]["value"]:
+    raw = found["filters"].get("raw")
+    if not raw or not (raw["std"]["value"] or raw["mean"]["value"]):
         return f"{_data(facts)} {_identical(facts)}"
     sentences = [_data(facts), _on_policy(found["on_policy"]), *_structure(found), *_filters(found)]
     sentences += [_drift(found["noise"]), _likelihood(found["noise"]), _mismatch(found["mismatch"])]
@@ -51,6 +52,8 @@ def _on_policy(entry: dict[str, Any]) -> str:
 def _structure(found: dict[str, Any]) -> list[str]:
     raw, order = found["filters"]["raw"], found["order"]
     switch = raw["switch_frequency"]
+    if switch["value"] is None or math.isnan(switch["value"]):
+        return ["No token has a neighbour, so that nothing can be said about order in time."]
     text = f"The sign of the raw log-ratio switches at {number(switch['value'], True)} of neighbours"
     null = switch["null_shuffled"]
     if order is None or null is None:
@@ -145,7 +148,7 @@ def _number(statistic: dict[str, Any]) -> bool:
 
 def _drift(noise: dict[str, Any] | None) -> str:
     fit = noise and noise["drift"]
-    if not fit:
+    if not noise or not fit:
         return ""
     p = fit["p_values"] and fit["p_values"]["prediction"]
     tested = f"p {p['null_shuffled']:.2g} shuffled, {p['null_sign_flipped']:.2g} with signs flipped" if p else ""
@@ -154,13 +157,22 @@ def _drift(noise: dict[str, Any] | None) -> str:
     if fit["verdict"] == "not determined":
         why = ", and ".join(fit["against"])
         return (
-            f"Whether there is a drift along the response is not determined: {why}{f' ({tested})' if tested else ''}."
+            f"Whether there is a drift along the response is not determined: {why}"
+            f"{f' (that the past predicts the next log-ratio: {tested})' if tested else ''}."
+        )
+    memory = noise["memory"]
+    if fit["verdict"] == "fades":
+        return (
+            f"The past predicts the next log-ratio ({tested}), but what it says fades, by a factor e within about "
+            f"{memory['tokens']:.2g} tokens, and is no lasting drift: where they were not fitted a state that fades "
+            f"gains {_gain(memory, 'fading')} nats a token over a walk."
         )
     low, high = fit["q_interval"]
     return (
-        f"There is a drift along the response: the past predicts the next log-ratio ({tested}). The most likely walk "
-        f"has Q = {fit['q']:.2g} (95%: {low:.2g} to {high:.2g}), moves by {number(fit['moved'])} over a response, and "
-        f"its filter has a time constant of {number(fit['time_constant'])} tokens."
+        f"There is a drift along the response: the past predicts the next log-ratio ({tested}), and a walk gains "
+        f"{_gain(memory, 'walk')} nats a token over states that fade within {number(memory['short'])} tokens or less. "
+        f"The most likely walk has Q = {fit['q']:.2g} (95%: {low:.2g} to {high:.2g}), moves by {number(fit['moved'])} "
+        f"over a response, and its filter has a time constant of {number(fit['time_constant'])} tokens."
     )
 
 
@@ -182,8 +194,12 @@ def _likelihood(noise: dict[str, Any] | None) -> str:
 
 
 def _gain(model: dict[str, Any], name: str, error: str = "") -> str:
+    """With two digits of its error, and three places at least."""
     spread = model[error or f"{name}_error"]
-    return f"{model[name]:+.3f}" + (f" ± {spread:.3f} (standard error over prompts)" if spread is not None else "")
+    if spread is None:
+        return f"{model[name]:+z.3f}"
+    places = min(6, max(3, 1 - math.floor(math.log10(spread)))) if spread else 3
+    return f"{model[name]:+z.{places}f} ± {spread:.{places}f} (standard error over prompts)"
 
 
 def _mismatch(m: dict[str, Any] | None) -> str:
@@ -191,9 +207,7 @@ def _mismatch(m: dict[str, Any] | None) -> str:
         return ""
     spread = number(m["std"])
     if not m["std"] or not m["drift_std"]:
-        return (
-            f"Between sampler and trainer log-probabilities differ by {spread} (standard deviation), apart from drift."
-        )
+        return f"Sampler and trainer differ by {spread} (standard deviation of log pi_old - log mu)."
     times = m["drift_std"] / m["std"]
     compared = f"1/{times:,.0f} of that of z" if times >= 2 else f"{1 / times:.2g} times that of z"
     return f"Sampler and trainer differ by {spread} (standard deviation of log pi_old - log mu), {compared}."

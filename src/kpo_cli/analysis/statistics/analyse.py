@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kpo_cli.analysis.config import AnalyzeConfig
 from kpo_cli.analysis.source import Source
-from kpo_cli.analysis.statistics import breakdowns, noise_models
+from kpo_cli.analysis.statistics import breakdowns, memory, noise_models
 from kpo_cli.analysis.statistics.collect import (
     LONGEST_RUN,
     TRUNCATION,
@@ -108,7 +108,7 @@ def analyse(
         "clip_what_if": _what_if(done.collector, series, off_policy[0][AT["tokens"]]),
         "mismatch": _mismatch(done.collector, float(found["filters"][RAW]["std"]["value"] or 0.0)),
         "order": _order(nulls, series),
-        "noise": _noise(sample, nulls, config),
+        "noise": _noise(sample, null_sample, nulls, config),
     }
     return Analysis(found, sample, series)
 
@@ -341,13 +341,14 @@ def _order(nulls: Nulls | None, series: list[Series]) -> dict[str, Any] | None:
     return {"verdict": verdict, "level": LEVEL, **found}
 
 
-def _noise(sample: Ratios, nulls: Nulls | None, config: AnalyzeConfig) -> dict[str, Any] | None:
-    """Noise models of the raw log-ratios, on the subsample."""
+def _noise(sample: Ratios, null_sample: Ratios, nulls: Nulls | None, config: AnalyzeConfig) -> dict[str, Any] | None:
+    """Noise models of the raw log-ratios, on subsamples."""
     if not config.likelihood_tokens:
         return None
     chosen = sample.rows(slice(fitting(sample.lengths, config.likelihood_tokens)))
     held = noise_models.held_out(chosen)
-    return {"drift": noise_models.drift(chosen, nulls, held), "held_out": held}
+    against = memory.contest(null_sample) if nulls else None
+    return {"drift": noise_models.drift(chosen, nulls, held, against), "memory": against, "held_out": held}
 
 
 def _empty() -> Ratios:

@@ -1,0 +1,77 @@
+"""What is said and shown of ratios that are rare: no sentence contradicts its own table, and tables fit a terminal."""
+
+import io
+import json
+
+import numpy as np
+from ratio_config import config
+from ratio_files import write_run
+from rich.console import Console
+
+from kpo_cli.analysis.compare.comparison import tables
+from kpo_cli.analysis.main import analyse_one
+from kpo_cli.analysis.report.tables import Table, null_band, number, statistic_table, terminal_tables
+from kpo_cli.analysis.report.words import summary
+from kpo_cli.analysis.source import find_source
+from kpo_cli.analysis.statistics.analyse import analyse
+
+
+def found_of(folder, z, *overrides, **more):
+    """analysis.json of responses (B, T), one prompt each."""
+    rows = [
+        {"log_probs": row.tolist(), "old_log_probs": [0.0] * len(row), "mini_batch_index": 1, "prompt_index": i, **more}
+        for i, row in enumerate(np.asarray(z))
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return analyse(find_source(folder / "a.jsonl"), config("filters=[kalman]", *overrides)).found
+
+
+def test_a_shift_of_all_tokens_is_no_ratio_of_one(tmp_path):
+    text = summary(found_of(tmp_path, np.full((8, 30), 0.25)))
+    assert "exactly 1" not in text
+    assert "Whether there is order in time cannot be told" in text
+    assert "exactly 1" in summary(found_of(tmp_path, np.zeros((8, 30))))
+
+
+def test_tokens_without_neighbours_say_nothing_of_time(tmp_path):
+    text = summary(found_of(tmp_path, np.random.default_rng(0).normal(size=(20, 1))))
+    assert "No token has a neighbour" in text
+    assert "switches at" not in text
+    assert "-" not in text.split()
+
+
+def test_a_difference_of_sampler_and_trainer_is_said_where_z_is_one_number(tmp_path):
+    text = summary(found_of(tmp_path, np.full((8, 30), 0.25), rollout_log_probs=[-0.01, 0.01] * 15))
+    assert "Sampler and trainer differ by 0.01 (standard deviation of log pi_old - log mu)." in text
+    assert "apart from drift" not in text
+
+
+def test_zero_has_no_sign():
+    assert [number(-1e-9, share=True), number(-1e-9, fixed=True)] == ["0.0%", "0.000"]
+
+
+def test_tables_fit_a_terminal_of_80_columns(tmp_path):
+    run = write_run(tmp_path / "run", scale=3.0)
+    found = analyse(find_source(run), config("time_constants=[10,100]")).found
+    for table in terminal_tables(found):
+        console = Console(width=80, file=io.StringIO())
+        console.print(table.for_terminal())
+        shown = console.file.getvalue()
+        assert all(cell.strip() in shown for row in table.rows for cell in row[table.label_columns :]), table.title
+
+
+def width(table: Table) -> int:
+    return Console(width=300).measure(table.for_terminal()).maximum
+
+
+def test_a_comparison_shows_the_sample_and_the_band_of_the_page_of_a_run(tmp_path):
+    run = write_run(tmp_path / "run")
+    settings = config("filters=[kalman]", "report=false")
+    found = analyse_one(find_source(run), tmp_path / "out", settings, Console(quiet=True))
+    kept = ("switch_frequency", "low_frequency_energy", "std", "kl_k3")
+    runs = {"a": {name: {stat: entry[stat] for stat in kept} for name, entry in found["filters"].items()}}
+    (ratios,) = tables({"groups": {}, "differences": [], "runs": runs})
+    for shown, alone in zip(ratios.rows, statistic_table(found, "switch_frequency").rows, strict=False):
+        assert shown[1:5] == [alone[0], alone[1], alone[3], alone[4]]
+    assert width(ratios) <= 80
+    assert null_band(None) == "-"
