@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,7 @@ def write_kind(folder: Path, kind: str, seed: int) -> Path:
     return folder
 
 
+@cache
 def configuration(*overrides: str) -> AnalyzeConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = compose("analyze", ["runs=[RUN]", *overrides])

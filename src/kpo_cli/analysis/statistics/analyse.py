@@ -24,7 +24,7 @@ from kpo_cli.analysis.statistics.family import LEVEL
 from kpo_cli.analysis.statistics.nulls import NULLS, NullResult, Nulls, nulls_of
 from kpo_cli.analysis.statistics.series import RAW, RECORDED, Series, describe, own_filter, series_of, share_passed
 from kpo_cli.analysis.statistics.spectrum import BINS, quotient
-from kpo_cli.analysis.statistics.sums import AT, LIMITS, Sums, autocorrelations, statistics
+from kpo_cli.analysis.statistics.sums import AT, COVERED, Sums, autocorrelations, statistics
 from kpo_cli.errors import UserError
 from kpo_cli.intervals.clusters import cluster_intervals
 from kpo_cli.runs.ratios import Ratios
@@ -95,7 +95,7 @@ def analyse(
     stage("intervals")
     for i, each in enumerate(series):
         clusters = done.clusters[done.off_policy][:, i]
-        own_intervals = cluster_intervals(clusters, statistics, LIMITS)
+        own_intervals = cluster_intervals(clusters, statistics, COVERED)
         entry = _entry(each, off_policy[i], own_intervals, nulls.series.get(each.name, {}) if nulls else {})
         found["filters"][each.name] = entry | _distributions(done.collector, i, off_policy[i])
         found["filters"][each.name]["share_passed"] = _passed(each, null_sample, off_policy[0])
@@ -200,7 +200,7 @@ def _entry(
     """A series as in analysis.json: value, interval and nulls of each statistic."""
     entry: dict[str, Any] = {"description": describe(series)}
     for name, value in _values(sums).items():
-        entry[name] = {"value": value, "ci": None if own is None else list(own[name])}
+        entry[name] = {"value": value, "ci": list(own[name]) if own and name in own else None}
         for kind in NULLS:
             null = nulls[kind].statistics[name] if kind in nulls else None
             entry[name][kind] = None if null is None else dataclasses.asdict(null)
