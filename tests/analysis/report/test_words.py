@@ -10,7 +10,7 @@ from rich.console import Console
 
 from kpo_cli.analysis.compare.comparison import tables
 from kpo_cli.analysis.main import analyse_one
-from kpo_cli.analysis.report.tables import Table, null_band, number, statistic_table, terminal_tables
+from kpo_cli.analysis.report.tables import Table, compared, number, statistic_table, terminal_tables
 from kpo_cli.analysis.report.words import summary
 from kpo_cli.analysis.source import find_source
 from kpo_cli.analysis.statistics.analyse import analyse
@@ -19,7 +19,7 @@ from kpo_cli.analysis.statistics.analyse import analyse
 def found_of(folder, z, *overrides, **more):
     """analysis.json of responses (B, T), one prompt each."""
     rows = [
-        {"log_probs": row.tolist(), "old_log_probs": [0.0] * len(row), "mini_batch_index": 1, "prompt_index": i, **more}
+        {"log_probs": row.tolist(), "old_log_probs": [0.0] * len(row), "mini_batch_index": 1, "prompt_index": i} | more
         for i, row in enumerate(np.asarray(z))
     ]
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -44,6 +44,27 @@ def test_a_difference_of_sampler_and_trainer_is_said_where_z_is_one_number(tmp_p
     text = summary(found_of(tmp_path, np.full((8, 30), 0.25), rollout_log_probs=[-0.01, 0.01] * 15))
     assert "Sampler and trainer differ by 0.01 (standard deviation of log pi_old - log mu)." in text
     assert "apart from drift" not in text
+
+
+def test_what_lies_outside_is_shown_outside():
+    """7.94% beside a band up to 7.92% is not 7.9% beside 7.9%; inside, no digit more than usual is shown."""
+    null = {"band": (0.046, 0.0792), "observed": 0.0794, "p_adjusted": 0.02}
+    assert compared([null], share=True) == ["7.94%", "4.60..7.92% *"]
+    assert compared([None, null | {"p_adjusted": 0.2}], share=True) == ["7.9%", "-", "4.6..7.9%  "]
+    close = {"band": (-0.1, 0.12341), "observed": 0.12343, "p_adjusted": 0.02}
+    assert compared([close, None], fixed=True) == ["0.12343", "-0.10000..0.12341 *", "-"]
+    assert compared([None]) == ["-", "-"]
+
+
+def test_one_of_a_thing_is_said_in_the_singular(tmp_path):
+    text = summary(found_of(tmp_path, np.random.default_rng(0).normal(size=(1, 40))))
+    assert text.startswith("1 recorded step, 1 response, 40 tokens,")
+
+
+def test_ratios_of_one_in_several_mini_batches_are_not_for_want_of_these(tmp_path):
+    assert "trainer.mini_batches=4" not in summary(found_of(tmp_path, np.zeros((8, 30))))
+    alone = summary(found_of(tmp_path, np.zeros((8, 30)), mini_batch_index=0))
+    assert "Train with trainer.mini_batches=4" in alone
 
 
 def test_zero_has_no_sign():
@@ -84,4 +105,3 @@ def test_a_comparison_shows_the_sample_and_the_band_of_the_page_of_a_run(tmp_pat
     for shown, alone in zip(ratios.rows, statistic_table(found, "switch_frequency").rows, strict=False):
         assert shown[1:5] == [alone[0], alone[1], alone[3], alone[4]]
     assert width(ratios) <= 80
-    assert null_band(None) == "-"

@@ -56,7 +56,7 @@ def test_innovations_are_those_of_the_dense_covariance(kept, q):
 def test_levels_leave_the_likelihood_of_contrasts(memory):
     """Of every difference between tokens: what is left of a normal vector once its mean may be anything."""
     batch, miss = with_gaps(4)
-    states = _States(batch, GAMMA)
+    states = _States(batch, GAMMA, np.zeros(47))
     log_q, v = np.array([-3.0, 0.5]), 0.7
     squares, logs = states.terms(log_q, memory)
     for row, valid in enumerate(batch.mask):

@@ -23,7 +23,7 @@ from kpo_cli.analysis.compare.curves import (
 from kpo_cli.analysis.config import AnalyzeConfig
 from kpo_cli.analysis.report import figures
 from kpo_cli.analysis.report.page import render, write_analysis
-from kpo_cli.analysis.report.tables import Table, interval, null_band, number
+from kpo_cli.analysis.report.tables import Table, compared, interval, number
 from kpo_cli.analysis.report.terminal import ReadingBar
 from kpo_cli.analysis.report.words import summary
 from kpo_cli.analysis.source import Source
@@ -157,9 +157,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     for name, run in found["runs"].items():
         for series in list(run)[:2]:
             switch = run[series]["switch_frequency"]
-            null = switch["null_shuffled"]
-            sample = number(null["observed"] if null else None, True)
-            shown = [number(switch["value"], True), sample, null_band(null, True)]
+            shown = [number(switch["value"], True), *compared([switch["null_shuffled"]], True)]
             shown += [number(run[series][size]["value"]) for size in ("std", "kl_k3")]
             ratios.append([name, series, *shown])
     columns = ["run", "series", "switches", "sample", "shuffled", "std", "KL k3"]

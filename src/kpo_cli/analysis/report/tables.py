@@ -47,17 +47,40 @@ class Table:
         return table
 
 
-def number(value: float | None, share: bool = False, fixed: bool = False) -> str:
-    """Three digits, or three places where `fixed`; shares as percentages; a dash for what does not exist."""
+def number(value: float | None, share: bool = False, fixed: bool = False, more: int = 0) -> str:
+    """Three digits, or three places where `fixed`; shares as percentages; a dash for what does not exist. `more` adds
+    digits.
+    """
     if value is None or value != value:
         return "-"
-    return f"{value:z.1%}" if share else f"{value:z.3f}" if fixed else f"{value:.3g}"
+    return f"{value:z.{1 + more}%}" if share else f"{value:z.{3 + more}f}" if fixed else f"{value:.{3 + more}g}"
 
 
-def interval(pair: Any, share: bool = False, fixed: bool = False) -> str:
+def interval(pair: Any, share: bool = False, fixed: bool = False, more: int = 0) -> str:
     if pair is None or any(value is None or value != value for value in pair):
         return "-"
-    return f"{number(pair[0], share, fixed).rstrip('%')}..{number(pair[1], share, fixed)}"
+    return f"{number(pair[0], share, fixed, more).rstrip('%')}..{number(pair[1], share, fixed, more)}"
+
+
+def compared(nulls: list[dict[str, Any] | None], share: bool = False, fixed: bool = False) -> list[str]:
+    """The sample, and the band of each null with a star where the sample lies outside: with digits that show it."""
+    known = [null for null in nulls if null is not None]
+    more = next((n for n in range(4) if all(_shows(null, share, fixed, n) for null in known)), 4)
+    sample = number(known[0]["observed"] if known else None, share, fixed, more)
+    return [
+        sample,
+        *(
+            "-" if null is None else f"{interval(null['band'], share, fixed, more)} {'*' if outside(null) else ' '}"
+            for null in nulls
+        ),
+    ]
+
+
+def _shows(null: dict[str, Any], share: bool, fixed: bool, more: int) -> bool:
+    """Whether what is outside the band is so when rounded."""
+    ends = (null["band"][0], null["observed"], null["band"][1])
+    low, sample, high = (float(number(value, share, fixed, more).rstrip("%")) for value in ends)
+    return not (outside(null) and low <= sample <= high)
 
 
 def statistic_table(found: dict[str, Any], name: str) -> Table:
@@ -66,17 +89,10 @@ def statistic_table(found: dict[str, Any], name: str) -> Table:
     for series, entry in found["filters"].items():
         line = entry[name]
         nulls = [line["null_shuffled"], line["null_sign_flipped"]]
-        observed = next((null["observed"] for null in nulls if null), None)
         value, ci = number(line["value"], share, fixed), interval(line["ci"], share, fixed)
-        bands = [null_band(null, share, fixed) for null in nulls]
-        rows.append([series, value, ci, number(observed, share, fixed), *bands])
+        rows.append([series, value, ci, *compared(nulls, share, fixed)])
     columns = ["series", "value", "95%", "sample", "shuffled", "signs flipped"]
     return Table(STATISTICS[name].label.capitalize(), columns, rows)
-
-
-def null_band(null: dict[str, Any] | None, share: bool = False, fixed: bool = False) -> str:
-    """The band of the null's family, and a star where the sample lies outside."""
-    return "-" if null is None else f"{interval(null['band'], share, fixed)} {'*' if outside(null) else ' '}"
 
 
 def outside(null: dict[str, Any]) -> bool:
@@ -89,9 +105,7 @@ def order_table(found: dict[str, Any]) -> Table:
     rows = []
     for name, label in ORDER.items():
         nulls = [found["order"][kind]["statistics"][name] for kind in ("null_shuffled", "null_sign_flipped")]
-        observed = next((null["observed"] for null in nulls if null), None)
-        fixed = name in CORRELATIONS
-        rows.append([label, number(observed, fixed=fixed), *(null_band(null, fixed=fixed) for null in nulls)])
+        rows.append([label, *compared(nulls, fixed=name in CORRELATIONS)])
     return Table("Order of raw log-ratios", ["statistic", "sample", "shuffled", "signs flipped"], rows)
 
 

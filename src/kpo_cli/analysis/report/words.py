@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from kpo_cli.analysis.report.tables import interval, number, outside
+from kpo_cli.analysis.report.tables import compared, number, outside
+from kpo_cli.terminal import counted
 
 SPOKEN = ("switch_frequency", "low_frequency_energy", "autocorrelation")
 """Statistics of the raw log-ratios that have a sentence of their own where they lie outside the null."""
@@ -25,7 +26,13 @@ def summary(found: dict[str, Any]) -> str:
 
 def _data(facts: dict[str, Any]) -> str:
     steps = len(facts["steps"])
-    text = f"{steps} recorded step{'s' * (steps != 1)}, {facts['responses']:,} responses, {facts['tokens']:,} tokens"
+    text = ", ".join(
+        [
+            counted(steps, "recorded step"),
+            counted(facts["responses"], "response"),
+            counted(facts["tokens"], "token"),
+        ]
+    )
     if not facts["mini_batches_recorded"]:
         return f"{text}; mini-batches were not recorded, so all count as off-policy."
     length = facts["mean_off_policy_length"]
@@ -33,10 +40,12 @@ def _data(facts: dict[str, Any]) -> str:
 
 
 def _identical(facts: dict[str, Any]) -> str:
-    why = "there was one optimizer step for each batch of rollouts" if not facts["off_policy_tokens"] else "z is 0"
+    text = "every method is the same plain policy gradient here, and nothing can be said about filters."
+    if facts["off_policy_tokens"]:
+        return f"All ratios are exactly 1 (no log-probability moved between optimizer steps): {text}"
     return (
-        f"All ratios are exactly 1 ({why}): every method is the same plain policy gradient here, and nothing can be "
-        f"said about filters. Train with trainer.mini_batches=4 to see ratios."
+        f"All ratios are exactly 1 (there was one optimizer step for each batch of rollouts): {text} Train with "
+        "trainer.mini_batches=4 to see ratios."
     )
 
 
@@ -58,7 +67,7 @@ def _structure(found: dict[str, Any]) -> list[str]:
     null = switch["null_shuffled"]
     if order is None or null is None:
         return [f"{text}; without a null this says nothing about time."]
-    observed, band = number(null["observed"], True), interval(null["band"], True)
+    observed, band = _compared(null)
     text = f"{text}; on a sample it is {observed}, and {band} with the tokens of each response shuffled."
     return [text, _order(raw, order)]
 
@@ -131,15 +140,18 @@ def _filters(found: dict[str, Any]) -> list[str]:
 
 def _beyond_smoothing(nulls: dict[str, dict[str, Any]]) -> str:
     """Shuffled tokens have no order, and a filter smooths them all the same."""
-    beyond = [
-        f"{name} ({number(null['observed'], True)} where shuffled tokens give {interval(null['band'], True)})"
-        for name, null in nulls.items()
-        if outside(null)
-    ]
+    lying = {name: _compared(null) for name, null in nulls.items() if outside(null)}
+    beyond = [f"{name} ({observed} where shuffled tokens give {band})" for name, (observed, band) in lying.items()]
     if not beyond:
         return "Shuffled tokens, filtered, switch as seldom: the drop is no sign of order in time."
     others = "; the others switch as shuffled tokens do" if len(beyond) < len(nulls) else ""
     return f"Shuffled tokens, filtered, drop as well; outside what they do lie {', '.join(beyond)}{others}."
+
+
+def _compared(null: dict[str, Any]) -> tuple[str, str]:
+    """A share of the sample, and the band of its null."""
+    observed, band = compared([null], share=True)
+    return observed, band.rstrip(" *")
 
 
 def _number(statistic: dict[str, Any]) -> bool:
@@ -164,16 +176,21 @@ def _drift(noise: dict[str, Any] | None) -> str:
     if fit["verdict"] == "fades":
         return (
             f"The past predicts the next log-ratio ({tested}), but what it says fades, by a factor e within about "
-            f"{memory['tokens']:.2g} tokens, and is no lasting drift: where they were not fitted a state that fades "
+            f"{_tokens(memory['tokens'])}, and is no lasting drift: where they were not fitted a state that fades "
             f"gains {_gain(memory, 'fading')} nats a token over a walk."
         )
     low, high = fit["q_interval"]
     return (
         f"There is a drift along the response: the past predicts the next log-ratio ({tested}), and a walk gains "
-        f"{_gain(memory, 'walk')} nats a token over states that fade within {number(memory['short'])} tokens or less. "
+        f"{_gain(memory, 'walk')} nats a token over states that fade within {_tokens(memory['short'])}. "
         f"The most likely walk has Q = {fit['q']:.2g} (95%: {low:.2g} to {high:.2g}), moves by {number(fit['moved'])} "
         f"over a response, and its filter has a time constant of {number(fit['time_constant'])} tokens."
     )
+
+
+def _tokens(number_of: float) -> str:
+    shown = f"{number_of:.2g}"
+    return f"{shown} token{'s' * (shown != '1')}"
 
 
 def _likelihood(noise: dict[str, Any] | None) -> str:
@@ -190,7 +207,7 @@ def _likelihood(noise: dict[str, Any] | None) -> str:
     if best == "constant_noise":
         return f"{text}."
     gain = _gain(models[best], "gain_over_constant_noise", "gain_error")
-    return f"{text}; the best model, {models[best]['description']}, gains {gain} over constant noise."
+    return f"{text}; the best model of the table, {models[best]['description']}, gains {gain} over constant noise."
 
 
 def _gain(model: dict[str, Any], name: str, error: str = "") -> str:

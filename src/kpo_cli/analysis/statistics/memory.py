@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from kpo_cli.analysis.statistics.family import LEVEL
-from kpo_cli.analysis.statistics.likelihood import Fit, Likelihood, clusters_of
-from kpo_cli.analysis.statistics.noise_models import profile_of, without
+from kpo_cli.analysis.statistics.likelihood import Likelihood, clusters_of
+from kpo_cli.analysis.statistics.noise_models import place_means, without
 from kpo_cli.core import noise
 from kpo_cli.core.recursion import Rows
 from kpo_cli.runs.ratios import Ratios
@@ -78,8 +78,9 @@ def _half(fitted: Ratios, judged: Ratios, length: float) -> _Half | None:
     fit = Likelihood(fitted).walk(shaped=True)
     if fit is None:
         return None
-    profile = profile_of(fitted, fit, _spread(fitted, fit))
-    here, there = (_States(without(part, profile), fit.shape) for part in (fitted, judged))
+    v_t = fit.v * fit.shape(Likelihood(fitted).miss).numpy()
+    means, error = place_means(fitted, v_t + _spread(fitted, v_t))
+    here, there = (_States(without(part, means), fit.shape, error / fit.v) for part in (fitted, judged))
     if not (here.varies and there.varies):
         return None
     doubling = [SHORTEST * 2.0**i for i in range(1 + int(math.log2(max(length / SHORTEST, 1))))]
@@ -97,9 +98,9 @@ def _half(fitted: Ratios, judged: Ratios, length: float) -> _Half | None:
     return _Half(memory, gained[best(math.inf)] - gained[math.inf], gained[math.inf] - gained[short])
 
 
-def _spread(batch: Ratios, fit: Fit) -> float:
+def _spread(batch: Ratios, variance: NDArray[np.float64]) -> float:
     """The variance of the means of responses: where levels and walks lie apart, no place is as sure as its noise."""
-    weight = np.where(batch.mask, 1 / fit.shape(Likelihood(batch).miss).numpy(), 0.0)
+    weight = np.where(batch.mask, 1 / variance, 0.0)
     return float(((weight * batch.log_ratio).sum(1) / weight.sum(1)).var())
 
 
@@ -113,9 +114,11 @@ class _Point:
 class _States:
     """The likelihood of one set of responses without their levels: of what a level of any size leaves of each."""
 
-    def __init__(self, batch: Ratios, shape: noise.Shape) -> None:
+    def __init__(self, batch: Ratios, shape: noise.Shape, place_error: NDArray[np.float64]) -> None:
+        """`place_error` (T,): what the means of places may be off by, beside the noise of a token."""
         likelihood = Likelihood(batch)
-        self.rows, self.shape = likelihood.rows, shape(likelihood.miss)
+        place = np.minimum(np.maximum(batch.mask.cumsum(1) - 1, 0), len(place_error) - 1)
+        self.rows, self.shape = likelihood.rows, shape(likelihood.miss) + torch.from_numpy(place_error[place])
         self.number = np.maximum(likelihood.number - 1, 0)
 
     @property

@@ -78,14 +78,14 @@ def _verdict(
     }
     if memory and memory["fading_seen"] and not any(unordered.values()):
         return {"verdict": "fades", "against": [], "p_values": p}
-    against = unordered | {
+    against = {
         "the likelihood is highest without one": fit["on_floor"],
         "how large it is cannot be told": not fit["on_floor"] and fit["q_interval"] is None,
         "it does not predict what was not fitted": walk.get("gain_of_walk", 1.0) <= 0,
         "there are too few prompts to tell it from order over a few tokens": memory is None,
-        "order over a few tokens predicts what was not fitted as well": memory and not memory["walk_seen"],
+        "it predicts what was not fitted no better than order over a few tokens": memory and not memory["walk_seen"],
     }
-    reasons = [reason for reason, holds in against.items() if holds]
+    reasons = [reason for reason, holds in (unordered if any(unordered.values()) else against).items() if holds]
     return {"verdict": "not determined" if reasons else "drift", "against": reasons, "p_values": p}
 
 
@@ -151,16 +151,21 @@ def fitted_models(batch: Ratios) -> dict[str, NoiseModel]:
     return models
 
 
-def profile_of(batch: Ratios, fit: Fit, spread: float = 0.0) -> NDArray[np.float64]:
-    """(T,): the mean of each place, weighted by precision and shrunk by what chance alone would make of it.
+def profile_of(batch: Ratios, fit: Fit) -> NDArray[np.float64]:
+    """(T,): the mean of each place, weighted by precision and shrunk by what chance alone would make of it."""
+    return place_means(batch, fit.v * fit.shape(Likelihood(batch).miss).numpy())[0]
 
-    `spread` is a variance that all tokens have besides their noise.
+
+def place_means(batch: Ratios, variance: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(T,) each, from the `variance` (B, T) of tokens: the mean of each place, shrunk by what chance alone would make
+    of it, and the variance of that mean; 0 where no response has the place.
     """
-    precision = np.where(batch.mask, 1 / (fit.v * fit.shape(Likelihood(batch).miss).numpy() + spread), 0.0)
+    precision = np.where(batch.mask, 1 / variance, 0.0)
     place = np.maximum(batch.mask.cumsum(1) - 1, 0).ravel()
     weight = np.bincount(place, precision.ravel(), batch.mask.shape[1])
     mean = np.bincount(place, (precision * batch.log_ratio).ravel(), batch.mask.shape[1]) / np.maximum(weight, 1e-300)
-    return np.asarray(mean * np.clip(1 - 1 / np.maximum(mean**2 * weight, 1e-300), 0.0, None))
+    shrunk = np.asarray(mean * np.clip(1 - 1 / np.maximum(mean**2 * weight, 1e-300), 0.0, None))
+    return shrunk, np.divide(1.0, weight, out=np.zeros_like(weight), where=weight > 0)
 
 
 def without(batch: Ratios, profile: NDArray[np.float64]) -> Ratios:
