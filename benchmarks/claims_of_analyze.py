@@ -1,6 +1,6 @@
 """What the verdicts of `kpo analyze` are worth: how often each is right and wrong on data of known kinds.
 
-    python benchmarks/claims_of_analyze.py [--trials 100] [--quick] [--seed 30000] [--results claims.jsonl]
+    python benchmarks/claims_of_analyze.py [--trials 100] [--quick] [--seed 60000] [--results claims.jsonl]
 
 Every kind of data is made `trials` times (10 with --quick) and goes the whole way, from a file to the words. Results
 are added to a file, one line a data set, and what stands there is not made again. Prints the tables of docs/claims.md.
@@ -12,6 +12,8 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from kpo_cli.analysis.statistics.analyse import analyse
 from kpo_cli.cli.compose import conf_dir
 
 Array = np.ndarray
-GROUP, MINI_BATCHES = 4, 4
+MINI_BATCHES = 4
 
 
 def noise_of(miss: Array) -> Array:
@@ -88,37 +90,99 @@ def identical(rng: np.random.Generator, miss: Array) -> Array:
     return np.zeros(miss.shape)
 
 
-Kind = tuple[Callable[[np.random.Generator, Array], Array], int, int, int]
-KINDS: dict[str, Kind] = {  # how it is made, steps, prompts a step, tokens of the longest response
-    "white": (white, 2, 16, 80),
-    "heavy-tailed": (heavy_tailed, 2, 16, 80),
-    "a shift a response": (shifted, 2, 16, 80),
-    "short": (white, 2, 16, 4),
-    "few prompts": (white, 1, 4, 80),
-    "AR(0.3)": (autoregression(0.3), 2, 16, 80),
-    "AR(0.95)": (autoregression(0.95), 2, 16, 80),
-    "AR(-0.3)": (autoregression(-0.3), 2, 16, 80),
-    "walk in constant noise": (walk_in_constant_noise, 2, 16, 80),
-    "walk in shaped noise": (walk_in_shaped_noise, 2, 16, 80),
-    "few prompts, AR(0.95)": (autoregression(0.95), 1, 4, 80),
-    "periodic": (periodic, 2, 16, 80),
-    "positional": (positional, 2, 16, 80),
-    "identical": (identical, 1, 16, 80),
+def moving_average(sizes: Callable[[Array], Array]) -> Callable[[np.random.Generator, Array], Array]:
+    """MA(1): each token holds half of the noise of the one before it."""
+
+    def make(rng: np.random.Generator, miss: Array) -> Array:
+        noise = rng.normal(size=miss.shape) * sizes(miss)
+        return noise + 0.5 * np.pad(noise[:, :-1], ((0, 0), (1, 0)))
+
+    return make
+
+
+def shifted_autoregression(rng: np.random.Generator, miss: Array) -> Array:
+    return autoregression(0.3)(rng, miss) + 0.1 * rng.normal(size=(len(miss), 1))
+
+
+def regimes(rng: np.random.Generator, miss: Array) -> Array:
+    """A level that changes sides every 20 tokens in the mean."""
+    side = np.cumsum(rng.random(miss.shape) < 0.05, 1) % 2 * 2 - 1
+    return 0.1 * rng.normal(size=miss.shape) + 0.06 * side
+
+
+def falling(rng: np.random.Generator, miss: Array) -> Array:
+    """All responses sink alike."""
+    return 0.1 * rng.normal(size=miss.shape) - 0.002 * np.arange(miss.shape[1])
+
+
+def offset(rng: np.random.Generator, miss: Array) -> Array:
+    """All tokens are shifted alike."""
+    return 0.1 * rng.normal(size=miss.shape) + 0.05
+
+
+@dataclass(frozen=True)
+class Kind:
+    make: Callable[[np.random.Generator, Array], Array]
+    """Log-ratios from 1 - p of their tokens."""
+    steps: int = 2
+    prompts: int = 16
+    """A step."""
+    width: int = 80
+    """Tokens of the longest response."""
+    group: int = 4
+    """Responses to a prompt."""
+
+
+KINDS = {
+    "white": Kind(white),
+    "heavy-tailed": Kind(heavy_tailed),
+    "a shift a response": Kind(shifted),
+    "an offset of all": Kind(offset),
+    "short": Kind(white, width=4),
+    "few prompts": Kind(white, steps=1, prompts=4),
+    "one prompt": Kind(white, steps=1, prompts=1),
+    "one response": Kind(white, steps=1, prompts=1, group=1),
+    "MA(1)": Kind(moving_average(lambda miss: 0.1 * np.ones(miss.shape))),
+    "MA(1) in shaped noise": Kind(moving_average(noise_of)),
+    "AR(0.3)": Kind(autoregression(0.3)),
+    "AR(0.3) and a shift": Kind(shifted_autoregression),
+    "AR(0.6)": Kind(autoregression(0.6)),
+    "AR(0.95)": Kind(autoregression(0.95)),
+    "few prompts, AR(0.95)": Kind(autoregression(0.95), steps=1, prompts=4),
+    "AR(-0.3)": Kind(autoregression(-0.3)),
+    "regimes": Kind(regimes),
+    "periodic": Kind(periodic),
+    "positional": Kind(positional),
+    "falling": Kind(falling),
+    "walk in constant noise": Kind(walk_in_constant_noise),
+    "walk in shaped noise": Kind(walk_in_shaped_noise),
+    "identical": Kind(identical, steps=1),
 }
-ORDERLESS = ("white", "heavy-tailed", "a shift a response", "short", "few prompts")
-DRIFTLESS = (*ORDERLESS, "AR(-0.3)", "periodic", "positional")
+ORDERLESS = (
+    "white",
+    "heavy-tailed",
+    "a shift a response",
+    "an offset of all",
+    "short",
+    "few prompts",
+    "one prompt",
+    "one response",
+)
+SHORT_RANGE = ("MA(1)", "MA(1) in shaped noise", "AR(0.3)", "AR(0.3) and a shift", "AR(0.6)", "regimes")
+FADING = (*SHORT_RANGE, "AR(0.95)", "few prompts, AR(0.95)")
 DRIFTS = {"walk in constant noise": 1e-4, "walk in shaped noise": 1e-7}
+DRIFTLESS = (*ORDERLESS, *FADING, "AR(-0.3)", "periodic", "positional", "falling")
 
 
-def records(make: Callable[[np.random.Generator, Array], Array], prompts: int, width: int, seed: int) -> dict[str, Any]:
-    """The tensors of one step; the first mini-batch has z = 0. One token in two is nearly sure."""
+def records(kind: Kind, seed: int) -> dict[str, Any]:
+    """The tensors of one step; the first of four mini-batches has z = 0. One token in two is nearly sure."""
     rng = np.random.default_rng(seed)
-    rows = prompts * GROUP
+    prompts, width, rows = kind.prompts, kind.width, kind.prompts * kind.group
     mask = np.arange(width) < rng.integers(max(2, width // 2), width + 1, (rows, 1))
-    prompt = np.repeat(np.arange(prompts), GROUP)
-    mini_batch = prompt * MINI_BATCHES // prompts
+    prompt = np.repeat(np.arange(prompts), kind.group)
+    mini_batch = prompt * MINI_BATCHES // prompts if prompts > 1 else prompt + 1
     miss = 10 ** rng.uniform(-4, 0, (rows, width))
-    z = np.where(mask & (mini_batch > 0)[:, None], make(rng, miss), 0.0)
+    z = np.where(mask & (mini_batch > 0)[:, None], kind.make(rng, miss), 0.0)
     old = np.where(mask, np.log1p(-np.minimum(miss, 0.999)), 0.0)
     floats = {"log_ratio": z, "old_log_probs": old}
     content = {name: torch.tensor(value, dtype=torch.float32) for name, value in floats.items()}
@@ -129,15 +193,15 @@ def records(make: Callable[[np.random.Generator, Array], Array], prompts: int, w
 
 def write_kind(folder: Path, kind: str, seed: int) -> Path:
     """Ratio records of one data set."""
-    make, steps, prompts, width = KINDS[kind]
     (folder / "ratios").mkdir(parents=True)
-    for step in range(1, steps + 1):
-        content = records(make, prompts, width, 100 * seed + step)
+    for step in range(1, KINDS[kind].steps + 1):
+        content = records(KINDS[kind], 100 * seed + step)
         metadata = {"format": '"kpo-ratios-1"', "step": str(step), "filter": '{"name": "identity"}'}
         save_file(content, folder / "ratios" / f"step-{step:06d}.safetensors", metadata)
     return folder
 
 
+@cache
 def configuration(*overrides: str) -> AnalyzeConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = compose("analyze", ["runs=[RUN]", *overrides])
@@ -161,6 +225,7 @@ def said(found: dict[str, Any], kind: str) -> dict[str, Any]:
         "order": order["verdict"],
         "flipped": order["null_sign_flipped"]["p_value"] <= order["level"],
         "drift": drift["verdict"],
+        "memory": (found["noise"]["memory"] or {}).get("tokens") if drift and drift["verdict"] == "fades" else None,
         "q_inside": low <= DRIFTS[kind] <= high if kind in DRIFTS and drift["verdict"] == "drift" else None,
     }
 
@@ -178,7 +243,8 @@ def lines(results: Path) -> list[dict[str, Any]]:
 def tables(found: list[dict[str, Any]]) -> str:
     """Markdown: each claim with its size and power, and the verdicts by kind of data."""
     ordered = [kind for kind in KINDS if kind not in (*ORDERLESS, "identical")]
-    independent = [kind for kind in ORDERLESS if kind != "a shift a response"]
+    unfading = {*KINDS} - {*FADING, "identical"}
+    independent = [kind for kind in ORDERLESS if kind not in ("a shift a response", "an offset of all")]
     inside = [line["q_inside"] for line in found if line.get("q_inside") is not None]
 
     def rate(key: str, verdict: Any, kinds: Iterable[str]) -> str:
@@ -192,20 +258,28 @@ def tables(found: list[dict[str, Any]]) -> str:
          rate("order", "no order seen", ORDERLESS)),
         ("a star beside flipped signs", "5%", rate("flipped", True, independent), rate("flipped", True, ordered)),
         ("There is a drift", "5%", rate("drift", "drift", DRIFTLESS), rate("drift", "drift", DRIFTS)),
-        ("No drift is seen", "-", rate("drift", "no drift seen", DRIFTS), rate("drift", "no drift seen", DRIFTLESS)),
+        ("What the past says fades", "5%", rate("drift", "fades", unfading), rate("drift", "fades", FADING)),
+        ("No drift is seen", "-", rate("drift", "no drift seen", (*DRIFTS, *FADING)),
+         rate("drift", "no drift seen", unfading - {*DRIFTS})),
         ("Q lies in its 95% interval", "5%", "", f"{share(sum(inside), len(inside))} of {len(inside)}"),
         ("All ratios are exactly 1", "exact", rate("order", "all ratios 1", {*KINDS} - {"identical"}),
          rate("order", "all ratios 1", ["identical"])),
     ]  # fmt: skip
     text += [f"| {' | '.join(row)} |" for row in rows]
-    text += ["", "| data | sets | order | no order seen | cannot tell | drift | no drift seen | not determined |"]
-    text += ["|---|---|---|---|---|---|---|---|"]
+    text += [
+        "",
+        "| data | sets | order | no order seen | cannot tell | drift | fades | no drift seen | not determined |",
+    ]
+    text += ["|---|---|---|---|---|---|---|---|---|"]
     for kind in KINDS:
         own = [line for line in found if line["kind"] == kind]
         order, drift = Counter(line["order"] for line in own), Counter(line["drift"] for line in own)
+        memories = [line["memory"] for line in own if line.get("memory")]
         cells = [order["order"], order["no order seen"], order["cannot tell"]]
-        cells += [drift["drift"], drift["no drift seen"], drift["not determined"]]
-        text.append(f"| {kind} | {len(own)} | {' | '.join(share(cell, len(own)) for cell in cells)} |")
+        cells += [drift["drift"], drift["fades"], drift["no drift seen"], drift["not determined"]]
+        shown = [share(cell, len(own)) for cell in cells]
+        shown[4] += f" ({np.median(memories):.2g})" if memories else ""
+        text.append(f"| {kind} | {len(own)} | {' | '.join(shown)} |")
     return "\n".join(text)
 
 
@@ -217,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seed", type=int, default=30000)
+    parser.add_argument("--seed", type=int, default=60000)
     parser.add_argument("--results", type=Path, default=Path("claims.jsonl"))
     parser.add_argument("overrides", nargs="*", help="settings of kpo analyze")
     given = parser.parse_args()

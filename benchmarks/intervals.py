@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import binom
 
-from kpo_cli.analysis.statistics.sums import LIMITS, response_sums, statistics
+from kpo_cli.analysis.statistics.sums import COVERED, LIMITS, response_sums, statistics
 from kpo_cli.intervals import accuracy
 from kpo_cli.intervals.clusters import cluster_intervals
 from kpo_cli.intervals.means import mean_interval
@@ -285,7 +285,7 @@ def over_clusters(trials: int) -> Table:
                 widths[name][count].append(high - low)
     rows = [
         [
-            name,
+            name if name in COVERED else f"{name} (not printed)",
             f"{truth[name]:.4g}",
             *(cell(hits[name][n], trials, trials * float(np.median(widths[name][n]))) for n in CLUSTERS),
         ]

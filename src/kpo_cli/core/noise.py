@@ -70,24 +70,42 @@ def innovation_terms(rows: Rows, shape: Tensor, q: float) -> tuple[Tensor, Tenso
     if q == 0:
         innovation, variance = rows.z, shape
     else:
-        gains = riccati_gains(torch.where(rows.mask, 1 / shape, 0.0), (rows.age > 0).double() * q, 0.0)
-        x = states_of_gains(rows.z, gains)
-        innovation = rows.z - torch.nn.functional.pad(x[:, :-1], (1, 0))
-        variance = shape + _predicted(rows, gains * shape, q)
+        gains, variance = gains_and_variance(rows, shape, q)
+        innovation = innovations(rows.z, gains)
     return (
         torch.where(rows.mask, innovation.square() / variance, 0.0),
         torch.where(rows.mask, variance.log(), 0.0),
     )
 
 
-def _predicted(rows: Rows, posterior: Tensor, q: float) -> Tensor:
-    """P- (B, T): P of the last token that was observed, K V there and not (1 - K) P-, which cancels; and q a token."""
+def gains_and_variance(rows: Rows, shape: Tensor, q: float | Tensor, kept: float = 1.0) -> tuple[Tensor, Tensor]:
+    """K_t and S_t (B, T), relative to v, of a state of which each token keeps `kept`.
+
+    A walk, `kept` = 1, starts at 0; a state that fades is as far from 0 at its first token as at any other.
+    """
+    begun = (rows.age > 0).double()
+    if kept < 1:
+        begun += ((rows.age == 1) & rows.mask) * (kept**2 / (1 - kept**2))
+    gains = riccati_gains(torch.where(rows.mask, 1 / shape, 0.0), begun * q, 0.0, kept)
+    return gains, shape + _predicted(rows, gains * shape, q, kept)
+
+
+def innovations(z: Tensor, gains: Tensor, kept: float = 1.0) -> Tensor:
+    """z_t - kept x_{t-1} (B, T), right where a token is observed."""
+    x = states_of_gains(z, gains, kept)
+    return z - kept * torch.nn.functional.pad(x[:, :-1], (1, 0))
+
+
+def _predicted(rows: Rows, posterior: Tensor, q: float | Tensor, kept: float) -> Tensor:
+    """P- (B, T) from P of the last token that was observed, K V there and not (1 - K) P-, which cancels; q a token."""
     place = torch.arange(rows.mask.shape[1], device=rows.mask.device)
     last = torch.where(rows.mask, place, -1).cummax(1).values
     before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
     first = before < 0
     steps = torch.where(first, 1, place - before).double()  # an integer times q would be float32
-    return torch.where(first, 0.0, posterior.gather(1, before.clamp(min=0))) + q * steps
+    still = torch.where(first, 0.0, kept ** (2 * steps))
+    grown = steps if kept == 1 else (1 - still) / (1 - kept**2)
+    return still * posterior.gather(1, before.clamp(min=0)) + q * grown
 
 
 def walk_sums(z: Tensor, mask: Tensor, old_log_probs: Tensor) -> Tensor:

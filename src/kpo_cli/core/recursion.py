@@ -110,5 +110,6 @@ def constant_gain_states(rows: Rows, gain: float) -> Tensor:
     return states_of_gains(rows.z, rows.mask.double() * gain)
 
 
-def states_of_gains(z: Tensor, gains: Tensor) -> Tensor:
-    return affine_scan(1 - gains, gains * z)
+def states_of_gains(z: Tensor, gains: Tensor, kept: float = 1.0) -> Tensor:
+    """x_t (B, T) = kept (1 - K_t) x_{t-1} + K_t z_t."""
+    return affine_scan(kept * (1 - gains), gains * z)

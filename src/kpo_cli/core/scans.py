@@ -54,20 +54,24 @@ def closed_form_terms(eta: float, p0: float, length: int, device: torch.device) 
     return h, g
 
 
-def riccati_gains(precision: Tensor, q: Tensor, p0: float) -> Tensor:
+def riccati_gains(precision: Tensor, q: Tensor, p0: float, kept: float = 1.0) -> Tensor:
     """Gains K_t (B, T) of the scalar Kalman filter with `precision` 1/V_t and process noise `q`, both (B, T).
 
-    A precision of 0 is a token that is not observed: P grows, K = 0. One step maps P to (P + q) / (1 + (P + q) s), a
-    fractional linear map; a block is the product of its 2 x 2 matrices, which may be rescaled freely. No term is ever
-    subtracted, so nothing cancels; in units of q, and without what is more than CERTAIN, nothing overflows.
+    A token keeps `kept` of the state before it: 1 is a random walk. A precision of 0 is a token that is not observed:
+    K = 0. One step maps P to P- / (1 + P- s), P- = kept^2 P + q, a fractional linear map; a block is the product of its
+    2 x 2 matrices, which may be rescaled freely. No term is ever subtracted, so nothing cancels; in units of q, and
+    without what is more than CERTAIN, nothing overflows.
     """
     unit = q.amax() if q.numel() else q.new_zeros(())
     unit = torch.where(unit > 0, unit, 1.0)  # tensors throughout: nobody waits for a device
     precision, q = (precision * unit).clamp(max=CERTAIN), q / unit
     prior = torch.clamp(p0 / unit, max=CERTAIN / torch.where(precision > 0, precision, CERTAIN).amin()) if p0 else 0.0
-    s, noise = _to_blocks(precision), _to_blocks(q)  # (C, B, blocks)
+    s, noise, kept = _to_blocks(precision), _to_blocks(q), kept**2  # (C, B, blocks)
     n1, n2, d1, d2 = torch.ones_like(s[0]), torch.zeros_like(s[0]), torch.zeros_like(s[0]), torch.ones_like(s[0])
     for c in range(CHUNK):  # in place: memory traffic is what this function costs
+        if kept != 1:
+            n1.mul_(kept)
+            n2.mul_(kept)
         n1.addcmul_(noise[c], d1)
         n2.addcmul_(noise[c], d2)
         d1.addcmul_(s[c], n1)
@@ -82,7 +86,7 @@ def riccati_gains(precision: Tensor, q: Tensor, p0: float) -> Tensor:
     p = torch.stack(starts, -1)
     gains = torch.empty_like(s)
     for c in range(CHUNK):
-        predicted = p + noise[c]
+        predicted = torch.add(noise[c], p, alpha=kept)
         weight = predicted * s[c]
         gains[c] = weight / (1 + weight)
         p = predicted / (1 + weight)

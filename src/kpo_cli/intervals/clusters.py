@@ -14,7 +14,7 @@ def cluster_intervals(
     statistics: Callable[[Array], Mapping[str, Array]],
     limits: Mapping[str, tuple[float, float]],
 ) -> dict[str, tuple[float, float]] | None:
-    """95% intervals of all `statistics`, functions of summed rows of `clusters` (C, columns), within their `limits`.
+    """95% intervals of the `statistics` that have `limits`, functions of summed rows of `clusters` (C, columns).
 
     The jackknife over clusters (Tukey 1958) with Student's t, on a scale without limits: logarithms above a limit,
     log-odds between two. The degrees of freedom are the effective number of clusters that the variance comes from
@@ -25,7 +25,7 @@ def cluster_intervals(
         return None
     total = clusters.sum(0)
     whole, without = statistics(total), statistics(total - clusters)
-    return {name: _interval(float(whole[name]), values, *limits[name]) for name, values in without.items()}
+    return {name: _interval(float(whole[name]), without[name], *ends) for name, ends in limits.items()}
 
 
 def _interval(value: float, without: Array, low: float, high: float) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from kpo_cli.analysis.compare.curves import (
 from kpo_cli.analysis.config import AnalyzeConfig
 from kpo_cli.analysis.report import figures
 from kpo_cli.analysis.report.page import render, write_analysis
-from kpo_cli.analysis.report.tables import Table, interval, number
+from kpo_cli.analysis.report.tables import Table, compared, interval, number
 from kpo_cli.analysis.report.terminal import ReadingBar
 from kpo_cli.analysis.report.words import summary
 from kpo_cli.analysis.source import Source
@@ -157,12 +157,15 @@ def tables(found: dict[str, Any]) -> list[Table]:
     for name, run in found["runs"].items():
         for series in list(run)[:2]:
             switch = run[series]["switch_frequency"]
-            null = switch["null_shuffled"]
-            shown = interval((null["low"], null["high"]), True) if null else "-"
-            kl = number(run[series]["kl_k3"]["value"])
-            ratios.append([name, series, number(switch["value"], True), shown, number(run[series]["std"]["value"]), kl])
-    columns = ["run", "series", "switch frequency", "shuffled", "std", "KL k3"]
-    return [*found_tables, *([Table("Ratios", columns, ratios, label_columns=2)] if ratios else [])]
+            shown = [number(switch["value"], True), *compared([switch["null_shuffled"]], True)]
+            shown += [number(run[series][size]["value"]) for size in ("std", "kl_k3")]
+            ratios.append([name, series, *shown])
+    columns = ["run", "series", "switches", "sample", "shuffled", "std", "KL k3"]
+    note = (
+        "switches: share of neighbours with different signs; shuffled: the band of a sample with the tokens of each "
+        "response shuffled, 95% for all statistics together; *: the sample lies outside"
+    )
+    return [*found_tables, *([Table("Ratios", columns, ratios, note, label_columns=2)] if ratios else [])]
 
 
 def _with_interval(line: dict[str, Any]) -> str:
@@ -211,7 +214,7 @@ def _write(found: dict[str, Any], folder: Path, config: AnalyzeConfig) -> None:
             tables=tables(found),
             browser=None,
             notes=found["notes"],
-            table_note="shuffled: the switch frequency of a sample with the tokens of each response shuffled, 95%.",
+            table_note="",
         )
         write_text(folder / "report.html", page)
     except OSError as error:

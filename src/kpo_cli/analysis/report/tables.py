@@ -14,6 +14,8 @@ from kpo_cli.terminal import text_of
 WITH_NULLS = ("switch_frequency", "mean_off_policy_run_length", "low_frequency_energy", "autocorrelation")
 """Statistics that get a table of their own on the terminal."""
 SHARES = {"switch_frequency", "switch_frequency_two_state", "low_frequency_energy", "off_policy_share"}
+CORRELATIONS = {"autocorrelation", "sign_autocorrelation", "prediction", "prediction_within_places"}
+"""Shown with three places: three digits of what is around 0 are of any length."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Table:
             title_justify="left",
             caption_justify="left",
             box=SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
+            show_edge=False,
         )
         for i, column in enumerate(self.columns):
             side: Any = "left" if i < self.label_columns else "right"
@@ -42,37 +47,52 @@ class Table:
         return table
 
 
-def number(value: float | None, share: bool = False) -> str:
-    """Three digits; shares as percentages; a dash for what does not exist."""
+def number(value: float | None, share: bool = False, fixed: bool = False, more: int = 0) -> str:
+    """Three digits, or three places where `fixed`; shares as percentages; a dash for what does not exist. `more` adds
+    digits.
+    """
     if value is None or value != value:
         return "-"
-    return f"{value:.1%}" if share else f"{value:.3g}"
+    return f"{value:z.{1 + more}%}" if share else f"{value:z.{3 + more}f}" if fixed else f"{value:.{3 + more}g}"
 
 
-def interval(pair: Any, share: bool = False) -> str:
+def interval(pair: Any, share: bool = False, fixed: bool = False, more: int = 0) -> str:
     if pair is None or any(value is None or value != value for value in pair):
         return "-"
-    return f"{number(pair[0], share).rstrip('%')}..{number(pair[1], share)}"
+    return f"{number(pair[0], share, fixed, more).rstrip('%')}..{number(pair[1], share, fixed, more)}"
+
+
+def compared(nulls: list[dict[str, Any] | None], share: bool = False, fixed: bool = False) -> list[str]:
+    """The sample, and the band of each null with a star where the sample lies outside: with digits that show it."""
+    known = [null for null in nulls if null is not None]
+    more = next((n for n in range(4) if all(_shows(null, share, fixed, n) for null in known)), 4)
+    sample = number(known[0]["observed"] if known else None, share, fixed, more)
+    return [
+        sample,
+        *(
+            "-" if null is None else f"{interval(null['band'], share, fixed, more)} {'*' if outside(null) else ' '}"
+            for null in nulls
+        ),
+    ]
+
+
+def _shows(null: dict[str, Any], share: bool, fixed: bool, more: int) -> bool:
+    """Whether what is outside the band is so when rounded."""
+    ends = (null["band"][0], null["observed"], null["band"][1])
+    low, sample, high = (float(number(value, share, fixed, more).rstrip("%")) for value in ends)
+    return not (outside(null) and low <= sample <= high)
 
 
 def statistic_table(found: dict[str, Any], name: str) -> Table:
     """One statistic of every series, beside its nulls."""
-    share, rows = name in SHARES, []
+    share, fixed, rows = name in SHARES, name in CORRELATIONS, []
     for series, entry in found["filters"].items():
         line = entry[name]
         nulls = [line["null_shuffled"], line["null_sign_flipped"]]
-        observed = next((null["observed"] for null in nulls if null), None)
-        value, ci = number(line["value"], share), interval(line["ci"], share)
-        rows.append([series, value, ci, number(observed, share), *(_null(null, share) for null in nulls)])
+        value, ci = number(line["value"], share, fixed), interval(line["ci"], share, fixed)
+        rows.append([series, value, ci, *compared(nulls, share, fixed)])
     columns = ["series", "value", "95%", "sample", "shuffled", "signs flipped"]
     return Table(STATISTICS[name].label.capitalize(), columns, rows)
-
-
-def _null(null: dict[str, Any] | None, share: bool) -> str:
-    """The band of the null's family, and a star where the sample lies outside."""
-    if null is None:
-        return "-"
-    return f"{interval(null['band'], share)} {'*' if outside(null) else ' '}"
 
 
 def outside(null: dict[str, Any]) -> bool:
@@ -85,8 +105,7 @@ def order_table(found: dict[str, Any]) -> Table:
     rows = []
     for name, label in ORDER.items():
         nulls = [found["order"][kind]["statistics"][name] for kind in ("null_shuffled", "null_sign_flipped")]
-        observed = next((null["observed"] for null in nulls if null), None)
-        rows.append([label, number(observed), *(_null(null, False) for null in nulls)])
+        rows.append([label, *compared(nulls, fixed=name in CORRELATIONS)])
     return Table("Order of raw log-ratios", ["statistic", "sample", "shuffled", "signs flipped"], rows)
 
 

@@ -3,8 +3,9 @@
 import math
 from typing import Any
 
-from kpo_cli.analysis.report.tables import interval, number, outside
+from kpo_cli.analysis.report.tables import compared, number, outside
 from kpo_cli.core.rounding import SHARE
+from kpo_cli.terminal import counted
 
 SPOKEN = ("switch_frequency", "low_frequency_energy", "autocorrelation")
 """Statistics of the raw log-ratios that have a sentence of their own where they lie outside the null."""
@@ -14,7 +15,8 @@ NOTHING_PASSED = 0.05
 def summary(found: dict[str, Any]) -> str:
     """One paragraph."""
     facts = found["source"]
-    if not facts["off_policy_tokens"] or not found["filters"]["raw"]["std"]["value"]:
+    raw = found["filters"].get("raw")
+    if not raw or not (raw["std"]["value"] or raw["mean"]["value"]):
         return f"{_data(facts)} {_identical(facts)}"
     sentences = [_data(facts), _on_policy(found["on_policy"]), *_structure(found), *_filters(found)]
     sentences += [_drift(found["noise"]), _likelihood(found["noise"]), _mismatch(found["mismatch"])]
@@ -26,7 +28,13 @@ def summary(found: dict[str, Any]) -> str:
 
 def _data(facts: dict[str, Any]) -> str:
     steps = len(facts["steps"])
-    text = f"{steps} recorded step{'s' * (steps != 1)}, {facts['responses']:,} responses, {facts['tokens']:,} tokens"
+    text = ", ".join(
+        [
+            counted(steps, "recorded step"),
+            counted(facts["responses"], "response"),
+            counted(facts["tokens"], "token"),
+        ]
+    )
     if not facts["mini_batches_recorded"]:
         return f"{text}; mini-batches were not recorded, so all count as off-policy."
     length = facts["mean_off_policy_length"]
@@ -34,10 +42,12 @@ def _data(facts: dict[str, Any]) -> str:
 
 
 def _identical(facts: dict[str, Any]) -> str:
-    why = "there was one optimizer step for each batch of rollouts" if not facts["off_policy_tokens"] else "z is 0"
+    text = "every method is the same plain policy gradient here, and nothing can be said about filters."
+    if facts["off_policy_tokens"]:
+        return f"All ratios are exactly 1 (no log-probability moved between optimizer steps): {text}"
     return (
-        f"All ratios are exactly 1 ({why}): every method is the same plain policy gradient here, and nothing can be "
-        f"said about filters. Train with trainer.mini_batches=4 to see ratios."
+        f"All ratios are exactly 1 (there was one optimizer step for each batch of rollouts): {text} Train with "
+        "trainer.mini_batches=4 to see ratios."
     )
 
 
@@ -53,11 +63,13 @@ def _on_policy(entry: dict[str, Any]) -> str:
 def _structure(found: dict[str, Any]) -> list[str]:
     raw, order = found["filters"]["raw"], found["order"]
     switch = raw["switch_frequency"]
+    if switch["value"] is None or math.isnan(switch["value"]):
+        return ["No token has a neighbour, so that nothing can be said about order in time."]
     text = f"The sign of the raw log-ratio switches at {number(switch['value'], True)} of neighbours"
     null = switch["null_shuffled"]
     if order is None or null is None:
         return [f"{text}; without a null this says nothing about time."]
-    observed, band = number(null["observed"], True), interval(null["band"], True)
+    observed, band = _compared(null)
     text = f"{text}; on a sample it is {observed}, and {band} with the tokens of each response shuffled."
     return [text, _order(raw, order)]
 
@@ -130,15 +142,18 @@ def _filters(found: dict[str, Any]) -> list[str]:
 
 def _beyond_smoothing(nulls: dict[str, dict[str, Any]]) -> str:
     """Shuffled tokens have no order, and a filter smooths them all the same."""
-    beyond = [
-        f"{name} ({number(null['observed'], True)} where shuffled tokens give {interval(null['band'], True)})"
-        for name, null in nulls.items()
-        if outside(null)
-    ]
+    lying = {name: _compared(null) for name, null in nulls.items() if outside(null)}
+    beyond = [f"{name} ({observed} where shuffled tokens give {band})" for name, (observed, band) in lying.items()]
     if not beyond:
         return "Shuffled tokens, filtered, switch as seldom: the drop is no sign of order in time."
     others = "; the others switch as shuffled tokens do" if len(beyond) < len(nulls) else ""
     return f"Shuffled tokens, filtered, drop as well; outside what they do lie {', '.join(beyond)}{others}."
+
+
+def _compared(null: dict[str, Any]) -> tuple[str, str]:
+    """A share of the sample, and the band of its null."""
+    observed, band = compared([null], share=True)
+    return observed, band.rstrip(" *")
 
 
 def _number(statistic: dict[str, Any]) -> bool:
@@ -147,7 +162,7 @@ def _number(statistic: dict[str, Any]) -> bool:
 
 def _drift(noise: dict[str, Any] | None) -> str:
     fit = noise and noise["drift"]
-    if not fit:
+    if not noise or not fit:
         return ""
     p = fit["p_values"] and fit["p_values"]["prediction"]
     tested = f"p {p['null_shuffled']:.2g} shuffled, {p['null_sign_flipped']:.2g} with signs flipped" if p else ""
@@ -156,14 +171,28 @@ def _drift(noise: dict[str, Any] | None) -> str:
     if fit["verdict"] == "not determined":
         why = ", and ".join(fit["against"])
         return (
-            f"Whether there is a drift along the response is not determined: {why}{f' ({tested})' if tested else ''}."
+            f"Whether there is a drift along the response is not determined: {why}"
+            f"{f' (that the past predicts the next log-ratio: {tested})' if tested else ''}."
+        )
+    memory = noise["memory"]
+    if fit["verdict"] == "fades":
+        return (
+            f"The past predicts the next log-ratio ({tested}), but what it says fades, by a factor e within about "
+            f"{_tokens(memory['tokens'])}, and is no lasting drift: where they were not fitted a state that fades "
+            f"gains {_gain(memory, 'fading')} nats a token over a walk."
         )
     low, high = fit["q_interval"]
     return (
-        f"There is a drift along the response: the past predicts the next log-ratio ({tested}). The most likely walk "
-        f"has Q = {fit['q']:.2g} (95%: {low:.2g} to {high:.2g}), moves by {number(fit['moved'])} over a response, and "
-        f"its filter has a time constant of {number(fit['time_constant'])} tokens."
+        f"There is a drift along the response: the past predicts the next log-ratio ({tested}), and a walk gains "
+        f"{_gain(memory, 'walk')} nats a token over states that fade within {_tokens(memory['short'])}. "
+        f"The most likely walk has Q = {fit['q']:.2g} (95%: {low:.2g} to {high:.2g}), moves by {number(fit['moved'])} "
+        f"over a response, and its filter has a time constant of {number(fit['time_constant'])} tokens."
     )
+
+
+def _tokens(number_of: float) -> str:
+    shown = f"{number_of:.2g}"
+    return f"{shown} token{'s' * (shown != '1')}"
 
 
 def _likelihood(noise: dict[str, Any] | None) -> str:
@@ -180,12 +209,16 @@ def _likelihood(noise: dict[str, Any] | None) -> str:
     if best == "constant_noise":
         return f"{text}."
     gain = _gain(models[best], "gain_over_constant_noise", "gain_error")
-    return f"{text}; the best model, {models[best]['description']}, gains {gain} over constant noise."
+    return f"{text}; the best model of the table, {models[best]['description']}, gains {gain} over constant noise."
 
 
 def _gain(model: dict[str, Any], name: str, error: str = "") -> str:
+    """With two digits of its error, and three places at least."""
     spread = model[error or f"{name}_error"]
-    return f"{model[name]:+.3f}" + (f" ± {spread:.3f} (standard error over prompts)" if spread is not None else "")
+    if spread is None:
+        return f"{model[name]:+z.3f}"
+    places = min(6, max(3, 1 - math.floor(math.log10(spread)))) if spread else 3
+    return f"{model[name]:+z.{places}f} ± {spread:.{places}f} (standard error over prompts)"
 
 
 def _mismatch(m: dict[str, Any] | None) -> str:
@@ -193,9 +226,7 @@ def _mismatch(m: dict[str, Any] | None) -> str:
         return ""
     spread = number(m["std"])
     if not m["std"] or not m["drift_std"]:
-        return (
-            f"Between sampler and trainer log-probabilities differ by {spread} (standard deviation), apart from drift."
-        )
+        return f"Sampler and trainer differ by {spread} (standard deviation of log pi_old - log mu)."
     times = m["drift_std"] / m["std"]
     compared = f"1/{times:,.0f} of that of z" if times >= 2 else f"{1 / times:.2g} times that of z"
     return f"Sampler and trainer differ by {spread} (standard deviation of log pi_old - log mu), {compared}."

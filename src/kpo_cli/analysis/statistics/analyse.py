@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kpo_cli.analysis.config import AnalyzeConfig
 from kpo_cli.analysis.source import Source
-from kpo_cli.analysis.statistics import breakdowns, noise_models
+from kpo_cli.analysis.statistics import breakdowns, memory, noise_models
 from kpo_cli.analysis.statistics.collect import (
     LONGEST_RUN,
     TRUNCATION,
@@ -24,7 +24,7 @@ from kpo_cli.analysis.statistics.family import LEVEL
 from kpo_cli.analysis.statistics.nulls import NULLS, NullResult, Nulls, nulls_of
 from kpo_cli.analysis.statistics.series import RAW, RECORDED, Series, describe, own_filter, series_of, share_passed
 from kpo_cli.analysis.statistics.spectrum import BINS, quotient
-from kpo_cli.analysis.statistics.sums import AT, LIMITS, Sums, autocorrelations, statistics
+from kpo_cli.analysis.statistics.sums import AT, COVERED, Sums, autocorrelations, statistics
 from kpo_cli.errors import UserError
 from kpo_cli.intervals.clusters import cluster_intervals
 from kpo_cli.runs.ratios import Ratios
@@ -96,7 +96,7 @@ def analyse(
     stage("intervals")
     for i, each in enumerate(series):
         clusters = done.clusters[done.off_policy][:, i]
-        own_intervals = cluster_intervals(clusters, statistics, LIMITS)
+        own_intervals = cluster_intervals(clusters, statistics, COVERED)
         entry = _entry(each, off_policy[i], own_intervals, nulls.series.get(each.name, {}) if nulls else {})
         found["filters"][each.name] = entry | _distributions(done.collector, i, off_policy[i])
         found["filters"][each.name]["share_passed"] = _passed(each, null_sample, off_policy[0])
@@ -109,7 +109,7 @@ def analyse(
         "clip_what_if": _what_if(done.collector, series, off_policy[0][AT["tokens"]]),
         "mismatch": _mismatch(done.collector, float(found["filters"][RAW]["std"]["value"] or 0.0)),
         "order": _order(nulls, series),
-        "noise": _noise(sample, nulls, config),
+        "noise": _noise(sample, null_sample, nulls, config),
     }
     return Analysis(found, sample, series)
 
@@ -227,7 +227,7 @@ def _entry(
     """A series as in analysis.json: value, interval and nulls of each statistic."""
     entry: dict[str, Any] = {"description": describe(series)}
     for name, value in _values(sums).items():
-        entry[name] = {"value": value, "ci": None if own is None else list(own[name])}
+        entry[name] = {"value": value, "ci": list(own[name]) if own and name in own else None}
         for kind in NULLS:
             null = nulls[kind].statistics[name] if kind in nulls else None
             entry[name][kind] = None if null is None else dataclasses.asdict(null)
@@ -368,13 +368,14 @@ def _order(nulls: Nulls | None, series: list[Series]) -> dict[str, Any] | None:
     return {"verdict": verdict, "level": LEVEL, **found}
 
 
-def _noise(sample: Ratios, nulls: Nulls | None, config: AnalyzeConfig) -> dict[str, Any] | None:
-    """Noise models of the raw log-ratios, on the subsample."""
+def _noise(sample: Ratios, null_sample: Ratios, nulls: Nulls | None, config: AnalyzeConfig) -> dict[str, Any] | None:
+    """Noise models of the raw log-ratios, on subsamples."""
     if not config.likelihood_tokens:
         return None
     chosen = sample.rows(slice(fitting(sample.lengths, config.likelihood_tokens)))
     held = noise_models.held_out(chosen)
-    return {"drift": noise_models.drift(chosen, nulls, held), "held_out": held}
+    against = memory.contest(null_sample) if nulls else None
+    return {"drift": noise_models.drift(chosen, nulls, held, against), "memory": against, "held_out": held}
 
 
 def _empty() -> Ratios:

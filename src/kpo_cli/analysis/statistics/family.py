@@ -47,8 +47,12 @@ class Family:
         return sum(one is not None for one in self.judged.values())
 
 
-def judge(drawn: Mapping[Any, NDArray[np.float64]], observed: Mapping[Any, float]) -> Family:
-    """The family of `drawn` (draws,) and `observed`, by the same keys."""
+def judge(
+    drawn: Mapping[Any, NDArray[np.float64]],
+    observed: Mapping[Any, float],
+    limits: Mapping[Any, tuple[float, float]],
+) -> Family:
+    """The family of `drawn` (draws,) and `observed`, by the same keys; bands end at the `limits` of a statistic."""
     nulls = {key: Null.of(values, float(observed[key])) for key, values in drawn.items()}
     known = {key: null for key, null in nulls.items() if null is not None}
     if not known:
@@ -62,8 +66,8 @@ def judge(drawn: Mapping[Any, NDArray[np.float64]], observed: Mapping[Any, float
     width = spread * (np.sort(draws)[-allowed] if allowed else np.inf)
     judged: dict[Any, Judged | None] = dict.fromkeys(drawn)
     for i, (key, null) in enumerate(known.items()):
-        band = (float(centre[i] - width[i]), float(centre[i] + width[i]))
-        judged[key] = Judged(**vars(null), p_adjusted=float(p[i]), band=band)
+        band = np.clip([centre[i] - width[i], centre[i] + width[i]], *limits[key]).tolist()
+        judged[key] = Judged(**vars(null), p_adjusted=float(p[i]), band=(band[0], band[1]))
     ties = (draws >= draws.max() * (1 - ROUNDING)).sum() / table.shape[1]
     return Family(judged, float(p.min()), bool(draws.max() > 0 and ties <= LEVEL))
 

@@ -7,7 +7,8 @@ Whether there is a drift is not decided by likelihood: what a model lacks in the
 for. The test (`prediction`, kpo_cli.analysis.statistics.order) asks whether the past predicts the sign and size of what
 comes next. There is a drift where it does so better than in 95% of the draws of either null, with and without what the
 places of all responses have in common: each rival (independent noise of any sizes, a shift of a whole response, a
-pattern of places) keeps one of these four at its level, so that all four together err in at most 5%.
+pattern of places) keeps one of these four at its level, so that all four together err in at most 5%. The rival that
+remains, noise that hangs together over a few tokens, is one of likelihood: `memory`.
 """
 
 import math
@@ -25,7 +26,9 @@ from kpo_cli.core import noise
 from kpo_cli.runs.ratios import Ratios
 
 
-def drift(batch: Ratios, nulls: Nulls | None, held: dict[str, Any] | None) -> dict[str, Any] | None:
+def drift(
+    batch: Ratios, nulls: Nulls | None, held: dict[str, Any] | None, memory: dict[str, Any] | None
+) -> dict[str, Any] | None:
     """The most likely walk and noise, and the verdict; None if z is all 0."""
     fit = Likelihood(batch).walk(shaped=True)
     if fit is None:
@@ -47,11 +50,15 @@ def drift(batch: Ratios, nulls: Nulls | None, held: dict[str, Any] | None) -> di
         "moved": math.sqrt(fit.q * float(batch.lengths.mean())),
         "time_constant": _time_constant(fit, batch) if fit.q else None,
     }
-    return found | _verdict(found, nulls, held)
+    return found | _verdict(found, nulls, held, memory)
 
 
-def _verdict(fit: dict[str, Any], nulls: Nulls | None, held: dict[str, Any] | None) -> dict[str, Any]:
-    """`verdict`: "drift", "no drift seen", or "not determined" with what speaks against; p-values by name and null."""
+def _verdict(
+    fit: dict[str, Any], nulls: Nulls | None, held: dict[str, Any] | None, memory: dict[str, Any] | None
+) -> dict[str, Any]:
+    """`verdict`: "drift", "fades", "no drift seen", or "not determined" with what speaks against; p-values by name
+    and null.
+    """
     if nulls is None:
         return {"verdict": "not determined", "against": ["there is no null"], "p_values": None}
     p = {name: dict(by_null) for name, by_null in nulls.prediction_p.items()}
@@ -63,16 +70,22 @@ def _verdict(fit: dict[str, Any], nulls: Nulls | None, held: dict[str, Any] | No
     inside = max(p["prediction_within_places"].values())
     models = held["models"] if held else {}
     walk: dict[str, Any] = models.get("walk_in_shaped_noise", models.get("random_walk", {}))
-    against = {
+    unordered = {
         "the past predicts shuffled tokens as well, as a shift of whole responses would": not shuffled,
         "the past predicts log-ratios of random sign as well": not flipped,
         "what responses have in common at each place may explain it": inside > LEVEL,
         "no order in time stands out among all statistics": nulls.families["null_shuffled"].p_value > LEVEL,
+    }
+    if memory and memory["fading_seen"] and not any(unordered.values()):
+        return {"verdict": "fades", "against": [], "p_values": p}
+    against = {
         "the likelihood is highest without one": fit["on_floor"],
         "how large it is cannot be told": not fit["on_floor"] and fit["q_interval"] is None,
         "it does not predict what was not fitted": walk.get("gain_of_walk", 1.0) <= 0,
+        "there are too few prompts to tell it from order over a few tokens": memory is None,
+        "it predicts what was not fitted no better than order over a few tokens": memory and not memory["walk_seen"],
     }
-    reasons = [reason for reason, holds in against.items() if holds]
+    reasons = [reason for reason, holds in (unordered if any(unordered.values()) else against).items() if holds]
     return {"verdict": "not determined" if reasons else "drift", "against": reasons, "p_values": p}
 
 
@@ -101,7 +114,7 @@ class NoiseModel:
 
     def log_likelihood(self, batch: Ratios) -> np.ndarray:
         """(B, T): ln p(z_t | z_1 .. z_{t-1}), Gaussian, zero outside the mask."""
-        likelihood = Likelihood(batch if self.profile is None else _without(batch, self.profile))
+        likelihood = Likelihood(batch if self.profile is None else without(batch, self.profile))
         squares, logs = noise.innovation_terms(likelihood.rows, self.shape(likelihood.miss), self.q / self.v)
         terms = -0.5 * (math.log(2 * math.pi * self.v) + logs + squares / self.v)
         return torch.where(likelihood.rows.mask, terms, 0.0).numpy()
@@ -133,21 +146,29 @@ def fitted_models(batch: Ratios) -> dict[str, NoiseModel]:
         models["shaped_noise"] = NoiseModel.of(shaped)
         models["walk_in_shaped_noise"] = NoiseModel.of(together)
         still = shaped
-    profile = _profile(batch, still)
+    profile = profile_of(batch, still)
     models["places"] = NoiseModel.of(still, profile)
     return models
 
 
-def _profile(batch: Ratios, fit: Fit) -> NDArray[np.float64]:
+def profile_of(batch: Ratios, fit: Fit) -> NDArray[np.float64]:
     """(T,): the mean of each place, weighted by precision and shrunk by what chance alone would make of it."""
-    precision = np.where(batch.mask, 1 / (fit.v * fit.shape(Likelihood(batch).miss).numpy()), 0.0)
+    return place_means(batch, fit.v * fit.shape(Likelihood(batch).miss).numpy())[0]
+
+
+def place_means(batch: Ratios, variance: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(T,) each, from the `variance` (B, T) of tokens: the mean of each place, shrunk by what chance alone would make
+    of it, and the variance of that mean; 0 where no response has the place.
+    """
+    precision = np.where(batch.mask, 1 / variance, 0.0)
     place = np.maximum(batch.mask.cumsum(1) - 1, 0).ravel()
     weight = np.bincount(place, precision.ravel(), batch.mask.shape[1])
     mean = np.bincount(place, (precision * batch.log_ratio).ravel(), batch.mask.shape[1]) / np.maximum(weight, 1e-300)
-    return np.asarray(mean * np.clip(1 - 1 / np.maximum(mean**2 * weight, 1e-300), 0.0, None))
+    shrunk = np.asarray(mean * np.clip(1 - 1 / np.maximum(mean**2 * weight, 1e-300), 0.0, None))
+    return shrunk, np.divide(1.0, weight, out=np.zeros_like(weight), where=weight > 0)
 
 
-def _without(batch: Ratios, profile: NDArray[np.float64]) -> Ratios:
+def without(batch: Ratios, profile: NDArray[np.float64]) -> Ratios:
     place = np.maximum(batch.mask.cumsum(1) - 1, 0)
     mean = np.where(place < len(profile), profile[np.minimum(place, len(profile) - 1)], 0.0)
     z = np.where(batch.mask, batch.log_ratio - mean, 0.0)

@@ -10,13 +10,14 @@ from kpo_cli.analysis.config import AnalyzeConfig
 from kpo_cli.analysis.statistics.collect import LONGEST_RUN, run_counts
 from kpo_cli.analysis.statistics.family import Family, Judged, judge
 from kpo_cli.analysis.statistics.likelihood import Likelihood
-from kpo_cli.analysis.statistics.order import ORDER, OrderStatistics
+from kpo_cli.analysis.statistics.order import ORDER, ORDER_LIMITS, OrderStatistics
 from kpo_cli.analysis.statistics.resampling import null_totals, shuffled, sign_flipped
 from kpo_cli.analysis.statistics.series import Series
 from kpo_cli.analysis.statistics.spectrum import BINS, quotient, spectra
 from kpo_cli.analysis.statistics.sums import (
     COLUMNS,
     LAG_COLUMNS,
+    LIMITS,
     STATISTICS,
     Sums,
     autocorrelations,
@@ -67,6 +68,7 @@ def nulls_of(sample: Ratios, series: list[Series], config: AnalyzeConfig) -> Nul
     observed: dict[Any, Any] = dict(order.of_sample(sample))
     for each in known:
         observed |= {(each.name, name): value for name, value in _observed(each, sample, config).items()}
+    limits = ORDER_LIMITS | {(each.name, name): pair for each in known for name, pair in LIMITS.items()}
     found = Nulls({each.name: {} for each in known}, {}, {}, {name: {} for name in ORDER if "prediction" in name})
     for kind, draw in NULLS.items():
         few = (config.nulls.draws, config.seed)
@@ -74,7 +76,7 @@ def nulls_of(sample: Ratios, series: list[Series], config: AnalyzeConfig) -> Nul
         totals = null_totals(draw(sample, *few), [each.apply for each in known], config.dead_zone, config.cutoff)
         for i, each in enumerate(known):
             drawn |= {(each.name, name): values for name, values in statistics(totals[i]).items()}
-        family = found.families[kind] = judge(drawn, observed)
+        family = found.families[kind] = judge(drawn, observed, limits)
         found.order[kind] = {name: family.judged[name] for name in ORDER}
         for name, p_values in found.prediction_p.items():
             p_values[kind] = _one_sided(drawn[name], observed[name])

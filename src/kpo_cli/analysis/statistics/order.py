@@ -4,6 +4,7 @@ Each is one number of a subsample and of each of its draws under a null, so that
 (`kpo_cli.analysis.statistics.family`).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,13 +20,14 @@ from kpo_cli.core.scans import riccati_gains
 from kpo_cli.runs.ratios import Ratios
 
 ORDER = {
-    "sign_correlogram": "sign autocorrelations squared, all lags",
+    "sign_correlogram": "squared autocorrelations of signs",
     "sign_by_place": "signs that places have in common",
     "size_by_place": "sizes that places have in common",
     "prediction": "what the past predicts",
-    "prediction_within_places": "the same, without what places have in common",
+    "prediction_within_places": "what it predicts beyond places",
 }
 """By name, what a table calls it."""
+ORDER_LIMITS = {name: (-1.0, 1.0) if "prediction" in name else (0.0, math.inf) for name in ORDER}
 Q_GRID = 5
 """Trial process noises of `prediction`."""
 

@@ -84,6 +84,8 @@ class Statistic:
     """Given the sums by name, all of one shape, the statistic in that shape."""
     limits: tuple[float, float] = (0.0, 1.0)
     """What it can be."""
+    covered: bool = True
+    """Whether an interval over prompts holds the truth as often as it says; docs/claims.md has how often."""
 
 
 def statistics(sums: Sums) -> dict[str, Sums]:
@@ -147,12 +149,13 @@ STATISTICS: dict[str, Statistic] = {
     "off_policy_share": Statistic("share of tokens with a sign", lambda s: s("off_policy_tokens") / s("tokens")),
     "mean": Statistic("mean", lambda s: s("x") / s("tokens"), (-np.inf, np.inf)),
     "std": Statistic("standard deviation", lambda s: np.sqrt(_central(s)[0]), (0.0, np.inf)),
-    "kurtosis": Statistic("kurtosis", _kurtosis, (1.0, np.inf)),
+    "kurtosis": Statistic("kurtosis", _kurtosis, (1.0, np.inf), covered=False),
     "effective_sample_size": Statistic("effective sample size, share", _effective_share),
     "kl_k3": Statistic("KL, k3", lambda s: s("k3") / s("tokens"), (0.0, np.inf)),
 }
 """What analysis.json holds for each series, in the order of the tables."""
 LIMITS = {name: statistic.limits for name, statistic in STATISTICS.items()}
+COVERED = {name: statistic.limits for name, statistic in STATISTICS.items() if statistic.covered}
 
 
 LAG_COLUMNS = ("pairs", "first", "second", "product", "sign_first", "sign_second", "sign_product")
