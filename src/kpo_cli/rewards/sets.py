@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kpo_cli.rewards.normalize import peel_brackets
-from kpo_cli.rewards.shapes import COMMA, CUP, FLIPPED, SIGN, Group, is_name, read_shape, split_top
+from kpo_cli.rewards.shapes import COMMA, CUP, FLIPPED, SIGN, Group, expand_signs, is_name, read_shape, split_top
 from kpo_cli.rewards.words import AND, OR
 
 SET_LIKE = re.compile(r"\\(?:cup|cap|setminus|le|ge|ne|mathbb)(?![A-Za-z])|[<>]")
@@ -95,19 +95,19 @@ class SetReader:
 
     def _points(self, text: str) -> RealSet | None:
         r"""The finite set `\{1,2\}`, or the one point of `x=1`."""
-        text = peel_brackets(text.strip())
-        if text.startswith("\\{") and text.endswith("\\}") and not SIGN.search(text):
-            cuts: tuple[Cut, ...] = ()
-            for item in split_top(text[2:-2], COMMA)[0]:
-                key = self._key(item)
-                if key is None:
-                    return None
-                cuts = _union(cuts, (Cut(key, False, item), Cut(key, True, item)))
-            return RealSet(cuts)
+        text, name = peel_brackets(text.strip()), ""
         sides, signs = split_top(text, SIGN)
-        if signs == ["="] and is_name(sides[0]) and (key := self._key(sides[1])) is not None:
-            return RealSet((Cut(key, False, sides[1]), Cut(key, True, sides[1])), sides[0])
-        return None
+        if signs in (["="], ["\\ne"]) and is_name(sides[0]):
+            name, text = sides[0], rf"\{{{sides[1]}\}}"
+        if not (text.startswith("\\{") and text.endswith("\\}")) or SIGN.search(text):
+            return None
+        cuts: tuple[Cut, ...] = ()
+        for item in (item for part in split_top(text[2:-2], COMMA)[0] for item in expand_signs(part)):
+            key = self._key(item)
+            if key is None:
+                return None
+            cuts = _union(cuts, (Cut(key, False, item), Cut(key, True, item)))
+        return RealSet(cuts if signs != ["\\ne"] else _difference(_line(), cuts), name)
 
     def _simple(self, text: str, depth: int) -> RealSet | None:
         if text == r"\mathbb{R}":
@@ -146,9 +146,7 @@ class SetReader:
                 return None
             return inside if sign in ("<", "\\le") else RealSet(_difference(_line(), inside.cuts), name)
         if sign == "\\ne":
-            key = self._key(bound)
-            point = (Cut(key, False, bound), Cut(key, True, bound)) if key is not None else None
-            return RealSet(_difference(_line(), point), name) if point else None
+            return self._points(f"{name}\\ne {bound}")
         if sign in ("<", "\\le"):
             return self._interval(r"-\infty", False, bound, sign == "\\le", name)
         return self._interval(bound, sign == "\\ge", r"\infty", False, name)

@@ -1,4 +1,6 @@
-"""What a policy might box to be right without knowing: one answer for every gold, hedges, names, disguises."""
+"""Answers that were labelled before the grader saw them, and what a policy might box to be right without knowing."""
+
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +25,17 @@ ZEROS = [
 def test_no_answer_is_right_for_two_golds(answer: str) -> None:
     verdicts = grade_batch([(f"\\boxed{{{answer}}}", gold) for gold in GOLDS])
     assert len([gold for gold, verdict in zip(GOLDS, verdicts, strict=True) if verdict.correct]) <= 1
+
+
+def test_answers_labelled_in_advance() -> None:
+    """A line of the file is `= gold || answer` for what says the same, and `! gold || answer` for what does not."""
+    lines = (Path(__file__).parent / "answers.txt").read_text(encoding="utf-8").splitlines()
+    labelled = [(line[0], *line[2:].split(" || ")) for line in lines if line[0] != "#"]
+    verdicts = grade_batch([(f"So $\\boxed{{{answer}}}$.", gold) for _, gold, answer in labelled])
+    wrong = [
+        (label, gold, answer, verdict.reason)
+        for (label, gold, answer), verdict in zip(labelled, verdicts, strict=True)
+        if verdict.correct != (label == "=") or verdict.failed
+    ]
+    assert wrong == []
+    assert len(labelled) > 800
