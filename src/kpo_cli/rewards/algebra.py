@@ -6,6 +6,7 @@ the grader. Text is only ever split into tokens here: there is no evaluation of 
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -134,16 +135,9 @@ class Reader:
     def _sum(self) -> Node:
         """Terms with signs between them."""
         self._deeper()
-        terms = []
-        sign = 1
+        terms = [self._signed(self._product)]
         while self._peek() in ("+", "-"):
-            sign *= -1 if self._next() == "-" else 1
-        terms.append(_negated(self._product(), sign))
-        while self._peek() in ("+", "-"):
-            sign = 1
-            while self._peek() in ("+", "-"):
-                sign *= -1 if self._next() == "-" else 1
-            terms.append(_negated(self._product(), sign))
+            terms.append(self._signed(self._product))
         self._depth -= 1
         return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
 
@@ -152,9 +146,9 @@ class Reader:
         factors = [self._mixed() or self._power()]
         while True:
             if self._take("\\cdot"):
-                factors.append(self._signed_power())
+                factors.append(self._signed(self._power))
             elif self._take("/"):
-                factors.append(_power_of(self._signed_power(), number(-1)))
+                factors.append(_inverse(self._signed(self._power)))
             elif self._starts_factor():
                 if self._peek()[0] in "0123456789." and self._peek(-1)[-1] in "0123456789.":
                     # Two numbers side by side are no product.
@@ -163,12 +157,12 @@ class Reader:
             else:
                 return factors[0] if len(factors) == 1 else Node("mul", tuple(factors))
 
-    def _signed_power(self) -> Node:
-        """A factor after an explicit operator, which may carry a sign."""
+    def _signed(self, part: Callable[[], Node]) -> Node:
+        """A term, or a factor after an explicit operator, with the signs before it."""
         sign = 1
         while self._peek() in ("+", "-"):
             sign *= -1 if self._next() == "-" else 1
-        return _negated(self._power(), sign)
+        return _negated(part(), sign)
 
     def _starts_factor(self) -> bool:
         token = self._peek()
@@ -200,7 +194,7 @@ class Reader:
                 elif self._transposes():
                     base = Node("transpose", (base,))
                 else:
-                    base = _power_of(base, self._argument())
+                    base = Node("pow", (base, self._argument()))
             elif token == "!":
                 self._at += 1
                 base = Node("double_factorial" if self._take("!") else "factorial", (base,))
@@ -226,10 +220,7 @@ class Reader:
             node = self._sum()
             self._expect("}")
             return node
-        sign = 1
-        while self._take("-"):
-            sign = -sign
-        return _negated(self._atom(), sign)
+        return self._signed(self._atom)
 
     def _atom(self) -> Node:
         """A number, a symbol, a bracketed expression, or a command with its arguments."""
@@ -277,7 +268,7 @@ class Reader:
         if token in ("\\pi", "\\infty"):
             return Node("constant", name=token)
         if token == "\\frac":
-            return Node("mul", (self._argument(), _power_of(self._argument(), number(-1))))
+            return Node("mul", (self._argument(), _inverse(self._argument())))
         if token == "\\binom":
             return Node("binomial", (self._argument(), self._argument()))
         if token == "\\sqrt":
@@ -382,19 +373,17 @@ class Reader:
         node = Node("matrix", tuple(cell for row in rows for cell in row), value=Fraction(len(rows[0])))
         return Node("det", (node,)) if kind == "vmatrix" else node
 
-    def _raw_group(self) -> str:
+    def _raw_group(self, opened: str = "{") -> str:
         """The text of a group, or a single token, as it stands."""
-        if not self._take("{"):
+        if not self._take(opened):
             return self._next()
-        depth, parts = 1, list[str]()
-        while True:
+        depth, start = 1, self._at
+        while depth:
             token = self._next()
-            depth += {"{": 1, "}": -1}.get(token, 0)
+            depth += {opened: 1, _CLOSING[opened]: -1}.get(token, 0)
             if not token:
                 raise NotRead
-            if not depth:
-                return "".join(parts)
-            parts.append(token)
+        return "".join(match.group() for match in self._tokens[start : self._at - 1])
 
     def _symbol(self, token: str) -> Node:
         """A letter with its accent, subscript and primes; `e` and `i` are constants if bare."""
@@ -418,20 +407,8 @@ class Reader:
         if self._peek() == "(":
             inside = self._peek(1)
             if letter in _FUNCTION_LETTERS or (inside.isdigit() and self._peek(2) == ")"):
-                return Node("symbol", name=name + self._raw_parentheses())
+                return Node("symbol", name=f"{name}({self._raw_group('(')})")
         return Node("symbol", name=name)
-
-    def _raw_parentheses(self) -> str:
-        """A parenthesised argument as text."""
-        depth, parts = 0, list[str]()
-        while True:
-            token = self._next()
-            if not token:
-                raise NotRead
-            depth += {"(": 1, ")": -1}.get(token, 0)
-            parts.append(token)
-            if not depth:
-                return "".join(parts)
 
     def _function(self, name: str) -> Node:
         """A named function: its power and base come before its argument."""
@@ -448,12 +425,12 @@ class Reader:
         if base is not None:
             if name != "ln":
                 raise NotRead
-            node = Node("mul", (Node("ln", (argument,)), _power_of(Node("ln", (base,)), number(-1))))
+            node = Node("mul", (Node("ln", (argument,)), _inverse(Node("ln", (base,)))))
         elif name == "exp":
-            node = _power_of(Node("constant", name="e"), argument)
+            node = Node("pow", (Node("constant", name="e"), argument))
         else:
             node = Node(name, (argument,))
-        return node if power is None else _power_of(node, power)
+        return node if power is None else Node("pow", (node, power))
 
     def _function_argument(self) -> Node:
         r"""Brackets if there are any, else the factors up to the next operator or function: `\sin 2 \pi t`."""
@@ -462,7 +439,7 @@ class Reader:
             # The bracket was only the first factor of an argument that goes on: "\sin (a)^{2}".
             while self._peek() == "^":
                 self._at += 1
-                node = _power_of(node, self._argument())
+                node = Node("pow", (node, self._argument()))
             return node
         if self._peek() in _FUNCTIONS:
             return self._power()
@@ -470,7 +447,7 @@ class Reader:
         while self._starts_factor() and self._peek() not in _FUNCTIONS and self._peek() not in ("(", "["):
             factors.append(self._power())
         if self._take("/") and self._peek()[:1].isdigit():
-            factors.append(_power_of(self._power(), number(-1)))
+            factors.append(_inverse(self._power()))
         return factors[0] if len(factors) == 1 else Node("mul", tuple(factors))
 
 
@@ -483,9 +460,9 @@ def _negated(node: Node, sign: int) -> Node:
     return Node("mul", (number(-1), node))
 
 
-def _power_of(base: Node, exponent: Node) -> Node:
-    """A power."""
-    return Node("pow", (base, exponent))
+def _inverse(node: Node) -> Node:
+    """One over a node."""
+    return Node("pow", (node, number(-1)))
 
 
 def _unknown(token: str) -> str:

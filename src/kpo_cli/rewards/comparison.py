@@ -28,20 +28,21 @@ from kpo_cli.rewards.shapes import (
     squeeze,
     text_of,
 )
-from kpo_cli.rewards.words import is_words, words_of
+from kpo_cli.rewards.words import AND, OR, is_remark, is_words, words_of
 from kpo_cli.rewards.work import Work
 
 MAX_ITEMS = 100
 _MAX_DEPTH = 20
 _SIGNS = {"<": -1, "\\le": -1, ">": 1, "\\ge": 1}
 _STRICT = frozenset({"<", ">"})
+_BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _BASED = re.compile(
-    r"\(?(?P<digits>[0-9A-F]*[0-9][0-9A-F]*)\)? ?_\{ ?(?:(?P<base>\d+)|\\text\{(?P<word>two|eight|ten|sixteen)\}) ?\}"
+    rf"\(?(?P<digits>[0-9A-F]*[0-9][0-9A-F]*)\)? ?_\{{ ?(?:(?P<base>\d+)|\\text\{{(?P<word>{'|'.join(_BASES)})\}}) ?\}}"
 )
-_BASES = {"two": 2, "eight": 8, "ten": 10, "sixteen": 16}
 _DECIMAL_COMMA = re.compile(r"[+-]?(?:\d+,(?!\d{3}$)\d+|0,\d+)")
 # Names of points, an order of places: no product, whose letters might change theirs.
 _POINTS = re.compile(r"[A-Z]{3,}")
+_POINT = re.compile(r"[A-Z]'?(?:_\{\w+\})? ?(\([^()]*,[^()]*\))")
 _ONLY_TEXT = re.compile(r"(?:\\text\{[^{}]*\}\s*)+")
 _LABELLED = re.compile(
     r"(?:\\text\{\s*\(?(?P<text>[A-J])[).:]*\s*\}|\(?(?P<bare>[A-J])(?:\)\s|[.:]))\s*(?P<rest>.+)", re.DOTALL
@@ -51,9 +52,13 @@ _MODULUS = re.compile(r"\s*,?\s*\\pmod\{ ?(\w+) ?\}$")
 _FAMILY = re.compile(
     r"\s*[,(:]?\s*(?:\\text\{[^{}]*\}\s*)?(?P<name>[A-Za-z])\s*"
     r"(?:\\in\s*\\mathbb\{Z\}|\\text\{\s*(?:is )?(?:an |any )?integer\s*\})\s*\)?$"
+    r"|\s*,?\s*\\text\{\s*(?:for |where )?(?:all |an |any |every |some )?integers?\s*\}\s*(?P<behind>[A-Za-z])$"
 )
-# What holds for which numbers is a remark, unless it has an equation of its own.
-_CLAUSE = re.compile(r"(?<=[^\s,(])\s*[,(]?\s*\\text\{\s*(?:for|where|with)\b(?![^{}]*\bprobability)[^{}=]*\}[^=]*$")
+# What holds for which numbers is a remark, unless it has an equation or another item in it.
+_CLAUSE = re.compile(
+    rf"(?<=[^\s,(])\s*[,(]?\s*\\text\{{\s*(?:for|where|with)\b(?P<words>[^{{}}=]*)\}}(?!.*\\text\{{\s*for\b)"
+    rf"(?!.*[,;{AND}{OR}]\s*[-+\d])[^=]*$"
+)
 _TIME = re.compile(r"(?P<hour>\d{1,2})(?::(?P<minute>[0-5]\d))?\s*(?:\\text\{(?P<half>[ap])m\})?")
 _CALL = re.compile(r"(?P<name>[A-Za-z]) ?\((?P<arguments>[A-Za-z](?:, ?[A-Za-z])*)\)")
 
@@ -69,11 +74,12 @@ class Comparison:
 
     def same_answer(self, gold: str, answer: str) -> bool:
         """True if a normalised answer says the same as the normalised gold."""
-        gold, answer = _CLAUSE.sub("", gold), _CLAUSE.sub("", answer)
-        for compare in (self._same_letter, self._same_residue, self._same_family, self._same_time):
-            verdict = compare(gold, answer)
-            if verdict is not None:
-                return verdict
+        verdict = self._same_family(gold, answer)
+        gold, answer = _CLAUSE.sub(_if_changing, gold), _CLAUSE.sub(_if_changing, answer)
+        for compare in (self._same_letter, self._same_residue, self._same_time):
+            verdict = compare(gold, answer) if verdict is None else verdict
+        if verdict is not None:
+            return verdict
         twice = split_top(gold, COLON)[0]
         if len(twice) == 2 and all(self._sets.read(part) for part in twice):
             return any(self._same(part, answer) for part in twice)  # the gold says it in two ways
@@ -115,14 +121,15 @@ class Comparison:
         if not family or not other:
             return None
         texts = []
+        name, other_name = (match["name"] or match["behind"] for match in (family, other))
         for text in (gold[: family.start()], answer[: other.start()]):
             shape = read_shape(text)
             texts.append(shape.sides[-1] if isinstance(shape, Relation) and is_assignment(shape) else text)
         try:
             one, two = map(read, texts)
-            return equality.same_family(one, two, family["name"], other["name"], self._work)
+            return equality.same_family(one, two, name, other_name, self._work)
         except (NotRead, Undefined):
-            return family["name"] == other["name"] and self._same(*texts)
+            return name == other_name and self._same(*texts)
 
     def _same_time(self, gold: str, answer: str) -> bool | None:
         """Times of day: a half of the day that only one of two states is forgiven."""
@@ -202,10 +209,13 @@ class Comparison:
 
     def _without_name(self, gold: Shape, answer: Shape) -> Shape:
         """An answer that names its value, or derives it in a chain of equalities, for a gold that does not."""
+        if isinstance(gold, Group) and isinstance(answer, Value) and (point := _POINT.fullmatch(answer.text)):
+            return read_shape(point[1])
         if isinstance(gold, Relation) or not isinstance(answer, Relation) or set(answer.signs) != {"="}:
             return answer
         first, *middle, last = answer.sides
-        if (is_name(first) or self._same(first, last)) and all(self._derives(side, last) for side in middle):
+        named = is_name(first) or all(map(is_name, first.split("+"))) or self._same(first, last)
+        if named and all(self._derives(side, last) for side in middle):
             return read_shape(last)
         return answer
 
@@ -268,7 +278,7 @@ class Comparison:
 
     def _same_group(self, gold: Group, answer: Group) -> bool:
         """Tuples are ordered and keep their brackets; bare lists and sets are unordered."""
-        if gold.ordered and answer.ordered and (gold.opened, gold.closed) != (answer.opened, answer.closed):
+        if gold.opened and answer.opened and (gold.opened, gold.closed) != (answer.opened, answer.closed):
             return False
         if gold.ordered != answer.ordered and "[" in (gold.opened + gold.closed + answer.opened + answer.closed):
             return False
@@ -358,6 +368,11 @@ def _answer_readings(answer: str, gold: str) -> list[Shape]:
     return readings(answer)
 
 
+def _if_changing(clause: re.Match[str]) -> str:
+    """A clause that may change what it is said of, or nothing."""
+    return "" if is_remark(clause["words"]) else clause[0]
+
+
 def _bracketed(text: str) -> bool:
     """True for one value in square brackets, which may be the integer part: of an integer it is the integer."""
     whole = text.startswith("[") and matching_brackets(text).get(0) == len(text) - 1
@@ -391,7 +406,7 @@ def _same_digits(gold: str, answer: str) -> bool:
     found = []
     for text in (gold, answer):
         match = _BASED.fullmatch(text)
-        base = int(match["base"] or _BASES[match["word"]]) if match else None
+        base = int(match["base"] or 2 + _BASES.index(match["word"])) if match else None
         digits = match["digits"] if match else text
         if base is not None and not (2 <= base <= 36 and all(int(digit, 36) < base for digit in digits)):
             return False

@@ -39,6 +39,11 @@ class _Precision(NamedTuple):
     lost: float
     approximate: bool
 
+    @property
+    def trusted(self) -> int:
+        """Digits that both values are right in; none or fewer where cancellation has left nothing."""
+        return int(self.digits - self.lost - _GUARD)
+
 
 def points(names: frozenset[str], integers: frozenset[str]) -> Iterator[dict[str, Fraction]]:
     """Generic points, always the same: small fractions, some of them negative, and integers for some of the names."""
@@ -99,7 +104,7 @@ def _same_at(gold: Node, answer: Node, point: Point, work: Work, real: bool) -> 
         raise Undefined
     if first.approximate:
         return bool(abs(one - two) <= mp.mpf(10) ** -_APPROXIMATE_TOLERANCE * max(1, abs(one), abs(two)))
-    if not _agree(one, two, first):
+    if first.trusted > 0 and not _agree(one, two, first):
         return False
     if max(first.scale, first.lost) <= _SMALL_SCALE:
         return True
@@ -107,14 +112,15 @@ def _same_at(gold: Node, answer: Node, point: Point, work: Work, real: bool) -> 
     if digits > MAX_DIGITS:
         raise TooLarge
     one, two, second = _values(gold, answer, point, work, digits)
-    return _agree(one, two, second) or bool(abs(one - two) <= mp.mpf(10) ** -(_TOLERANCE + int(first.scale)))
+    # A zero has lost all its digits, so that nothing would differ from it in those that are left.
+    agree = second.trusted > _GUARD and _agree(one, two, second)
+    return agree or bool(abs(one - two) <= mp.mpf(10) ** -(_TOLERANCE + int(first.scale)))
 
 
 def _agree(one: Any, two: Any, numbers: _Precision) -> bool:
     """True if two values do not differ in the digits that they can be trusted in."""
     with mp.workdps(numbers.digits):
-        trusted = int(numbers.digits - numbers.lost - _GUARD)
-        return bool(abs(one - two) <= mp.mpf(10) ** -trusted * max(abs(one), abs(two)))
+        return bool(abs(one - two) <= mp.mpf(10) ** -numbers.trusted * max(abs(one), abs(two)))
 
 
 def _values(gold: Node, answer: Node, point: Point, work: Work, digits: int) -> tuple[Any, Any, _Precision]:

@@ -40,13 +40,13 @@ GREEK_NAMES = (*_GREEK.values(), "iota", "upsilon", "Upsilon")
 _UNICODE = {
     **_SYMBOLS,
     **{letter: f"\\{name} " for letter, name in _GREEK.items()},
-    **dict.fromkeys("€£¥₹₽₩₪", ""),
+    **dict.fromkeys("¥₽₩₪", ""),
 }
 
 # Commands that only lay out, and the size commands of delimiters ("\left." has an invisible delimiter).
 _LAYOUT = re.compile(
     r"\\(?:left|right)\s*\.|\\(?:left|right|middle|[bB]ig{1,2}[lrm]?|displaystyle|textstyle|scriptstyle|limits"
-    r"|nolimits|boldsymbol|bm|ensuremath|mathstrut|strut|hfill|hline|tiny|small|large|Large|rm|bf|it)(?![A-Za-z])"
+    r"|nolimits|boldsymbol|bm|ensuremath|mathstrut|strut|hfill|hline|blacksquare|square|tiny|small|large|Large|rm|bf|it)(?![A-Za-z])"
 )
 _SPACING = re.compile(
     r"\\[,;:!> \n]|\\(?:q?quad|hspace\*?\{[^{}]*\}|thinspace|space)(?![A-Za-z])|\\[hv]?phantom\{[^{}]*\}|~"
@@ -65,59 +65,65 @@ _TEXT_COMMANDS = re.compile(
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d.]\d| ?\d)")
 # A single upright letter is a symbol, except after a number, where most are units.
 _LETTER = re.compile(r"(?P<before>(?:\\(?:cdot|frac) ?\{?|\} ?\{|[\d})\s/])?)\\text\{ ?(?P<letter>[A-Za-z]) ?\}")
+_UNIT_POWER = re.compile(r"\\text\{([A-Za-z/. ]*[A-Za-z]) ?\^ ?\{?(-?\d)\}? ?\}")
 _SCIENTIFIC = re.compile(r"(?<=\d)\s?\\text\{ ?(?:[eE] ?\}\s?\{ ?([+-]?\d+) ?\}|E ?\}\s?([+-]?\d+))")
 _BOXES = re.compile(r"\\(?:boxed|fbox)\s?\{")
 _FUNCTIONS = (
-    "sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan|sinh|cosh|tanh|coth|arcsinh|arccosh|arctanh|max|min|gcd|lcm"
+    "sin|cos|tan|cot|sec|csc|ln|log|lg|exp|arcsin|arccos|arctan|sinh|cosh|tanh|coth|arcsinh|arccosh|arctanh|max|min|gcd|lcm"
     "|det|sgn|erf|lim"
 )
-_OTHER_NAMES = {
-    "asin": "arcsin", "acos": "arccos", "atan": "arctan", "arsinh": "arcsinh", "arcosh": "arccosh", "artanh": "arctanh",
-    "sign": "sgn", "tg": "tan", "ctg": "cot", "arctg": "arctan", "mod": "bmod",
-}  # fmt: skip
+_OTHER_NAMES = "asin|acos|atan|arsinh|arcosh|artanh|sign|tg|ctg|arctg|mod|sqrt|Re|Im"
 _NAMED = re.compile(
     rf"\\(?:operatorname\*?|text(?=\s?\{{[^{{}}]*\}}\s?[(_^]|\s?\{{(?!min|max|mod)[^{{}}]*\}}\s?[\dA-Za-z\\]))"
-    rf"\s?\{{ ?({_FUNCTIONS}|{'|'.join(_OTHER_NAMES)}|sqrt|Re|Im) ?\}}"
+    rf"\s?\{{ ?({_FUNCTIONS}|{_OTHER_NAMES}) ?\}}"
 )
+
+
+_INSIDE = re.compile(r"[^{}\\]*\}")
+_CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "₹": "rupees"}
+# Before a number that is all there is, or behind one, a currency is a unit.
+_CURRENCY = re.compile(r"(?P<sign>\\\$|[€£₹]) ?(?P<number>\d[\d.,]*)(?=[ $]*$)|(?<=\d) ?(?P<behind>[€£₹])")
+
+
+def _currency(match: re.Match[str]) -> str:
+    """The unit behind its number, in words."""
+    return rf"{match['number'] or ''} \text{{{_CURRENCIES[match['sign'] or match['behind']]}}}"
 
 
 def _half_day(match: re.Match[str]) -> str:
-    return rf"\text{{{match[1].lower()}m}}"
+    """A half of the day as text of its own; one that stands in a text with its time stays there."""
+    half = f"{match[1] or match[2] or match[3]}m".lower()
+    return f" {half}" if _INSIDE.match(match.string, match.end()) else rf"\text{{{half}}}"
 
 
+_SPELLINGS = {
+    name: spelling
+    for spelling, names in {
+        r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\vec": "overrightarrow", "/": "div",
+        r"\le ": "le leq leqslant <= =<", r"\ge ": "ge geq geqslant >=", r"\ne ": "ne neq !=", "<": "lt", ">": "gt",
+        r"\approx ": "simeq thickapprox approxeq ~=", r"\cdot ": "cdot times ast bullet *", ":": "colon",
+        r"\emptyset ": "varnothing O", r"\{": "lbrace", r"\}": "rbrace", "[": "lbrack", "]": "rbrack", "(": "langle",
+        ")": "rangle", "|": "lvert rvert vert mid", r"\setminus ": "backslash smallsetminus", AND: "land wedge",
+        OR: "lor vee", r"\mathbb{R}": "R reals Reals", r"\epsilon ": "varepsilon", r"\phi ": "varphi",
+        r"\to ": "rightarrow longrightarrow", r"\arcsin ": "asin", r"\arccos ": "acos", r"\arctan ": "atan arctg",
+        r"\arcsinh ": "arsinh", r"\arccosh ": "arcosh", r"\arctanh ": "artanh", r"\sgn ": "sign", r"\tan ": "tg",
+        r"\cot ": "ctg",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+_COMMAND = re.compile(r"\\([A-Za-z]+)|<=|=<|>=|!=|~=|\*")
 _ALIASES = (
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\(?:leqslant|leq|le)(?![A-Za-z])|<=|=<"), r"\\le "),
-    (re.compile(r"\\(?:geqslant|geq|ge)(?![A-Za-z])|>="), r"\\ge "),
-    (re.compile(r"\\(?:neq|ne)(?![A-Za-z])|!="), r"\\ne "),
-    (re.compile(r"\\lt(?![A-Za-z])"), "<"),
-    (re.compile(r"\\gt(?![A-Za-z])"), ">"),
-    (re.compile(r"\\(?:simeq|thickapprox|approxeq)(?![A-Za-z])|~="), r"\\approx "),
-    (re.compile(r"\\(?:times|cdot|ast|bullet)(?![A-Za-z])|\*"), r"\\cdot "),
-    (re.compile(r"\\(?:div)(?![A-Za-z])"), "/"),
-    (re.compile(r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s?\\\}"), r"\\emptyset "),
-    (re.compile(r"\\(?:lbrace)(?![A-Za-z])"), r"\\{"),
-    (re.compile(r"\\(?:rbrace)(?![A-Za-z])"), r"\\}"),
-    (re.compile(r"\\(?:lbrack)(?![A-Za-z])"), "["),
-    (re.compile(r"\\(?:rbrack)(?![A-Za-z])"), "]"),
-    (re.compile(r"\\(?:[lr]vert|vert|mid)(?![A-Za-z])"), "|"),
-    (re.compile(r"\\(?:colon)(?![A-Za-z])"), ":"),
-    (re.compile(r"\\(?:backslash|smallsetminus)(?![A-Za-z])"), r"\\setminus "),
-    (re.compile(r"\\(?:R|reals|Reals)(?![A-Za-z])|\\mathbf\s?\{R\}|\\mathbb\s?R"), r"\\mathbb{R}"),
+    (re.compile(r"\\not\s?="), r"\\ne "),
+    (re.compile(r"\\\{\s?\\\}"), r"\\emptyset "),
+    (re.compile(r"\\mathbf\s?\{R\}|\\mathbb\s?R"), r"\\mathbb{R}"),
     (re.compile(r"\\mathbb\s?([ZNQC])"), r"\\mathbb{\1}"),
     (re.compile(r"\{:\}"), ":"),
-    (re.compile(r"\\varepsilon(?![A-Za-z])"), r"\\epsilon "),
-    (re.compile(r"\\varphi(?![A-Za-z])"), r"\\phi "),
-    (re.compile(r"\\(?:land|wedge)(?![A-Za-z])"), AND),
-    (re.compile(r"\\(?:lor|vee)(?![A-Za-z])"), OR),
-    (re.compile(r"\\(?:l|r)angle(?![A-Za-z])"), lambda m: "(" if m[0][1] == "l" else ")"),
-    (re.compile(r"\\(?:rightarrow|longrightarrow)(?![A-Za-z])"), r"\\to "),
-    (re.compile(r"\\(?:arcsinh|arsinh)(?![A-Za-z])"), r"\\arcsinh "),
-    (re.compile(r"\\tg(?![A-Za-z])"), r"\\tan "),
     (re.compile(r"\^\s?\{?\s?(?:\\circ|\\degree)(?![A-Za-z])\s?\}?|\\degree(?![A-Za-z])"), r"^{\\circ}"),
     (re.compile(r"\^\s?\{\s?(?:\\prime\s?)+\}|\^\s?\\prime(?![A-Za-z])"), lambda m: "'" * m[0].count("prime")),
     (re.compile(r"(?<![A-Za-z\\])(?:infinity|infty|inf)(?![A-Za-z])"), r"\\infty "),
-    (re.compile(rf"(?<![A-Za-z\\])(sqrt|pi|{_FUNCTIONS})(?![A-Za-z])"), r"\\\1 "),
+    # Within text they are words: "min" is a minute.
+    (re.compile(rf"\\text\{{[^{{}}]*\}}|(?<![A-Za-z\\])(sqrt|pi|{_FUNCTIONS})(?![A-Za-z])"),
+     lambda m: rf"\{m[1]} " if m[1] else m[0]),
     (re.compile(r"(?<![A-Za-z])np\s?\.\s?"), ""),
     (re.compile(r"\\?%|(?<![A-Za-z])(?:percentage|percent|pct)(?![A-Za-z])"), r"\\% "),
     (re.compile(r"\\sqrt\s?(\[\d\])?\s?\(([^()]*)\)"), r"\\sqrt\1{\2}"),
@@ -130,14 +136,14 @@ _ALIASES = (
     (re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}"), r"\\frac{\1}{\2}"),
     (re.compile(r"\(?\s?\\(?:pmod|bmod|mod|pod)(?![A-Za-z])\s?\{?\s?([0-9A-Za-z]+)\s?\}?(?:\s?\))?"), r"\\pmod{\1}"),
     (re.compile(r"(?:\\text\{\s?)?\(\s?mod\s?(\w+)\s?\)(?:\s?\})?"), r"\\pmod{\1}"),
-    (re.compile(r"\\overrightarrow(?![A-Za-z])"), r"\\vec"),
     (re.compile(r"(?i)\\text\{\s?all reals?(?: numbers?)?\s?\}"), r"\\mathbb{R}"),
     (re.compile(r"(?<=\d)\s?\{,\}\s?(?=\d)"), "."),
     (re.compile(r"\{([^{}]*)\}\s?\^\s?(?:T|\\top|\\text\{T\})(?![A-Za-z])"), r"{\1}^{T}"),
     (re.compile(r"(?<=\d)\s?\^\s?\{\s?(?:\\text\{\s?)?(?:st|nd|rd|th)(?:\s?\})?\s?\}"), ""),
     # Times of day.
-    (re.compile(r"(?i)(?<=\d)\s?(?:\\text\{\s*)?([ap])\.\s?m\.?(?:\s*\})?(?![A-Za-z])"), _half_day),
-    (re.compile(r"(?i)(?<=:\d\d)\s?(?:\\text\{\s*)?([ap])m(?:\s*\})?(?![A-Za-z])"), _half_day),
+    (re.compile(
+        r"(?i)(?<=\d)\s?\\text\{\s*([ap])\.?\s?m\.?\s*\}|(?:(?<=\d)\s?([ap])\.\s?m\.?|(?<=:\d\d)\s?([ap])m)(?![A-Za-z])"
+    ), _half_day),
 )  # fmt: skip
 _TOKEN_ARGUMENT = r"([0-9A-Za-z]|\\(?:pi|alpha|beta|gamma|theta|omega|lambda|mu|sigma|tau)(?![A-Za-z]))"
 _FRAC_TWO = re.compile(rf"\\(frac|binom)\s?{_TOKEN_ARGUMENT}\s?{_TOKEN_ARGUMENT}")
@@ -291,17 +297,19 @@ def normalize(raw: str) -> str | None:
     text = _rows(_LAYOUT.sub("", text))
     if len(text) > 3 * LIMIT:
         return None
-    text = text.replace(r"\$", "").replace("$", " ")
+    text = _THIN_THOUSANDS.sub("", text.replace("\\pounds", "£"))
+    text = _CURRENCY.sub(_currency, text)
+    text = re.sub(r"\\\$|[€£₹]", "", text).replace("$", " ")
     text = re.sub(r"^(?:\*\*|__)(.*?)(?:\*\*|__)$", r"\1", text).replace("**", "^")
-    text = _THIN_THOUSANDS.sub("", text)
     text = _SPACING.sub(" ", _WIDE.sub(" , ", text))
     text = _SPACED_THOUSANDS.sub(lambda m: m[0].replace(" ", ""), text)
     text = _unwrap(text, _BOXES, "")
     text = _COLOUR.sub("", text)
     text = _peel_text(_unwrap(text, _TEXT_COMMANDS, "\\text{"))
     text = _SCIENTIFIC.sub(lambda m: f"e{m[1] or m[2]}", text)
-    text = _NAMED.sub(lambda m: f"\\{_OTHER_NAMES.get(m[1], m[1])} ", text)
-    text = _LETTER.sub(_letter, text)
+    text = _NAMED.sub(r"\\\1 ", text)
+    text = _LETTER.sub(_letter, _UNIT_POWER.sub(r"\\text{\1}^{\2}", text))
+    text = _COMMAND.sub(lambda m: _SPELLINGS.get(m[1] or m[0], m[0]), text)
     for pattern, replacement in _ALIASES:
         text = pattern.sub(replacement, text)
     text = _PAREN_CYCLE.sub(r"\1.\\overline{\2}", _REPEATING.sub(_cycle, text))

@@ -1,12 +1,13 @@
-r"""Sets of reals as cuts of the line: intervals, inequalities, their unions, intersections and differences."""
+r"""Sets of reals by the places where they begin and end: intervals, inequalities, unions, intersections, differences."""
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 from kpo_cli.rewards.normalize import peel_brackets
-from kpo_cli.rewards.shapes import COMMA, CUP, FLIPPED, SIGN, Group, is_name, read_shape, split_top
+from kpo_cli.rewards.shapes import COMMA, CUP, FLIPPED, SIGN, Group, expand_signs, is_name, read_shape, split_top
 from kpo_cli.rewards.words import AND, OR
 
 SET_LIKE = re.compile(r"\\(?:cup|cap|setminus|le|ge|ne|mathbb)(?![A-Za-z])|[<>]")
@@ -18,28 +19,26 @@ _INFINITE = 10**400
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A place on the line, below (`after` False) or above the point `key`, a value in units of 10^-40.
+class RealSet:
+    """A set by what it holds, and the places where that may change with the texts that they have in the answer.
 
-    The key is None where the end of an interval has unknowns; such a set is an interval and nothing more.
+    Places are even: twice the value in units of 10^-40, so that there is always one between two. `name` is the unknown
+    that the set was said of, if it was. Where the ends of an interval have unknowns, its `interval` is all that is
+    known: brackets and ends as texts.
     """
 
-    key: int | None
-    after: bool
-    text: str
-
-    @property
-    def place(self) -> tuple[int, bool]:
-        assert self.key is not None
-        return self.key, self.after
-
-
-@dataclass(frozen=True)
-class RealSet:
-    """Every second cut opens an interval; `name` is the unknown that the set was said of, if it was."""
-
-    cuts: tuple[Cut, ...]
+    ends: dict[int, str]
+    holds: Callable[[int], bool]
     name: str = ""
+    interval: tuple[str, ...] = ()
+
+    def changes(self) -> list[tuple[int, list[bool]]]:
+        """The places where membership changes, with that below, at and above them."""
+        found = [(place, [self.holds(place + step) for step in (-1, 0, 1)]) for place in sorted(self.ends)]
+        return [(place, states) for place, states in found if len(set(states)) > 1]
+
+
+_LINE = RealSet({-_INFINITE: r"-\infty", _INFINITE: r"\infty"}, lambda place: -_INFINITE < place < _INFINITE)
 
 
 class SetReader:
@@ -71,7 +70,7 @@ class SetReader:
         if not is_name(sides[0]) or (signs and (signs != ["\\in"] or sides[1] != r"\mathbb{R}")):
             return None
         found = self.read(condition, depth + 1)
-        return RealSet(found.cuts) if found and found.name in ("", sides[0].strip()) else None
+        return replace(found, name="") if found and found.name in ("", sides[0].strip()) else None
 
     def _conditions(self, parts: list[str], combine: Any, depth: int) -> RealSet | None:
         """Conditions on one unknown; a list of numbers or points is no such thing."""
@@ -81,39 +80,32 @@ class SetReader:
 
     def _fold(self, parts: list[str], combine: Any, depth: int) -> RealSet | None:
         sets = [self._points(part) or self.read(part, depth + 1) for part in parts]
-        if (
-            any(found is None or any(cut.key is None for cut in found.cuts) for found in sets)
-            or len({found.name for found in sets if found and found.name}) > 1
-        ):
+        known = [found for found in sets if found and not found.interval]
+        if len(known) < len(sets) or len({found.name for found in known if found.name}) > 1:
             return None
-        result = sets[0]
-        for other in sets[1:]:
-            assert result is not None
-            assert other is not None
-            result = RealSet(combine(result.cuts, other.cuts), result.name or other.name)
-        return result
+        return reduce(combine, known)
 
     def _points(self, text: str) -> RealSet | None:
         r"""The finite set `\{1,2\}`, or the one point of `x=1`."""
-        text = peel_brackets(text.strip())
-        if text.startswith("\\{") and text.endswith("\\}") and not SIGN.search(text):
-            cuts: tuple[Cut, ...] = ()
-            for item in split_top(text[2:-2], COMMA)[0]:
-                key = self._key(item)
-                if key is None:
-                    return None
-                cuts = _union(cuts, (Cut(key, False, item), Cut(key, True, item)))
-            return RealSet(cuts)
+        text, name = peel_brackets(text.strip()), ""
         sides, signs = split_top(text, SIGN)
-        if signs == ["="] and is_name(sides[0]) and (key := self._key(sides[1])) is not None:
-            return RealSet((Cut(key, False, sides[1]), Cut(key, True, sides[1])), sides[0])
-        return None
+        if signs in (["="], ["\\ne"]) and is_name(sides[0]):
+            name, text = sides[0], rf"\{{{sides[1]}\}}"
+        if not (text.startswith("\\{") and text.endswith("\\}")) or SIGN.search(text):
+            return None
+        items = [item for part in split_top(text[2:-2], COMMA)[0] for item in expand_signs(part)]
+        keys = [self._key(item) for item in items]
+        if None in keys:
+            return None
+        ends = {key: item for key, item in zip(keys, items, strict=True) if key is not None}
+        points = RealSet(ends, lambda place: place in ends, name)
+        return points if signs != ["\\ne"] else _difference(_LINE, points)
 
     def _simple(self, text: str, depth: int) -> RealSet | None:
         if text == r"\mathbb{R}":
-            return RealSet(_line())
+            return _LINE
         if text == r"\emptyset":
-            return RealSet(())
+            return RealSet({}, lambda place: False)
         sides, signs = split_top(text, SIGN)
         if signs:
             return self._relation(sides, signs, depth)
@@ -127,7 +119,7 @@ class SetReader:
         r"""`a < x \le b`, and what is said of |x|."""
         if signs == ["\\in"] and is_name(sides[0]):
             found = self.read(sides[1], depth + 1)
-            return RealSet(found.cuts, sides[0]) if found else None
+            return replace(found, name=sides[0]) if found else None
         if not set(signs) <= {"<", ">", "\\le", "\\ge", "\\ne"}:
             return None
         if len(sides) == 2 and not _named(sides[0]):
@@ -142,75 +134,67 @@ class SetReader:
         name, bound, sign = modulus["name"] if modulus else sides[0], sides[1], signs[0]
         if modulus:
             inside = self._interval(f"-({bound})", sign in ("\\le", ">"), bound, sign in ("\\le", ">"), name)
-            if inside is None or sign == "\\ne" or inside.cuts[:1] == () or inside.cuts[0].key is None:
+            if inside is None or sign == "\\ne" or not inside.changes():
                 return None
-            return inside if sign in ("<", "\\le") else RealSet(_difference(_line(), inside.cuts), name)
+            return inside if sign in ("<", "\\le") else _difference(_LINE, inside)
         if sign == "\\ne":
-            key = self._key(bound)
-            point = (Cut(key, False, bound), Cut(key, True, bound)) if key is not None else None
-            return RealSet(_difference(_line(), point), name) if point else None
+            return self._points(f"{name}\\ne {bound}")
         if sign in ("<", "\\le"):
             return self._interval(r"-\infty", False, bound, sign == "\\le", name)
         return self._interval(bound, sign == "\\ge", r"\infty", False, name)
 
     def _interval(self, low: str, closed_low: bool, high: str, closed_high: bool, name: str) -> RealSet | None:
         start, end = self._key(low), self._key(high)
-        if start is not None and end is not None and start > end:
-            return None
-        cuts = (Cut(start, not closed_low, low), Cut(end, closed_high, high))
-        empty = start is not None and end is not None and cuts[0].place >= cuts[1].place
-        return RealSet(() if empty else cuts, name)
+        if start is None or end is None:
+            brackets = "[" if closed_low else "(", "]" if closed_high else ")"
+            return RealSet({}, lambda place: False, name, (*brackets, low, high))
+        first, last = start + (not closed_low), end - (not closed_high)
+        return RealSet({start: low, end: high}, lambda place: first <= place <= last, name) if start <= end else None
 
     def _key(self, text: str) -> int | None:
         value = self._measure(text)
         if value is None or abs(value) > 10**300:
             return None if value is None or abs(value) != float("inf") else (_INFINITE if value > 0 else -_INFINITE)
-        return int(value * 10**40 + (0.5 if value >= 0 else -0.5))
+        return 2 * int(value * 10**40 + (0.5 if value >= 0 else -0.5))
 
 
 def _named(side: str) -> bool:
     return is_name(side) or bool((m := _MODULUS.fullmatch(side)) and is_name(m["name"]))
 
 
-def _line() -> tuple[Cut, ...]:
-    return Cut(-_INFINITE, True, r"-\infty"), Cut(_INFINITE, False, r"\infty")
+def _combine(one: RealSet, two: RealSet, member: Callable[[bool, bool], bool]) -> RealSet:
+    def holds(place: int) -> bool:
+        return member(one.holds(place), two.holds(place))
+
+    return RealSet({**two.ends, **one.ends}, holds, one.name or two.name)
 
 
-def _combine(one: tuple[Cut, ...], two: tuple[Cut, ...], member: Callable[[bool, bool], bool]) -> tuple[Cut, ...]:
-    """Sweep over both sets from left to right, and keep the places where membership changes."""
-    cuts = {cut.place: cut for cut in (*two, *one)}
-    result: list[Cut] = []
-    inside = False
-    for place in sorted(cuts):
-        state = [sum(cut.place <= place for cut in cuts_of) % 2 == 1 for cuts_of in (one, two)]
-        if member(*state) != inside:
-            inside = not inside
-            result.append(cuts[place])
-    return tuple(result)
-
-
-def _union(one: tuple[Cut, ...], two: tuple[Cut, ...]) -> tuple[Cut, ...]:
+def _union(one: RealSet, two: RealSet) -> RealSet:
     return _combine(one, two, lambda a, b: a or b)
 
 
-def _intersection(one: tuple[Cut, ...], two: tuple[Cut, ...]) -> tuple[Cut, ...]:
+def _intersection(one: RealSet, two: RealSet) -> RealSet:
     return _combine(one, two, lambda a, b: a and b)
 
 
-def _difference(one: tuple[Cut, ...], two: tuple[Cut, ...]) -> tuple[Cut, ...]:
+def _difference(one: RealSet, two: RealSet) -> RealSet:
     return _combine(one, two, lambda a, b: a and not b)
 
 
-def _either(one: tuple[Cut, ...], two: tuple[Cut, ...]) -> tuple[Cut, ...]:
+def _either(one: RealSet, two: RealSet) -> RealSet:
     """What a comma between conditions means: both, and where they exclude each other, either."""
-    return _intersection(one, two) or _union(one, two)
+    both = _intersection(one, two)
+    return both if both.changes() else _union(one, two)
 
 
 def same_set(gold: RealSet, answer: RealSet, same_value: Callable[[str, str], bool]) -> bool:
-    """True if two sets have the same cuts, ends compared as values are."""
-    if len(gold.cuts) != len(answer.cuts) or (gold.name and answer.name and gold.name != answer.name):
+    """True if two sets change at the same places, which are compared as values are."""
+    if gold.name and answer.name and gold.name != answer.name:
         return False
-    return all(
-        one.after == two.after and ((one.key == two.key and one.key is not None) or same_value(one.text, two.text))
-        for one, two in zip(gold.cuts, answer.cuts, strict=True)
+    if gold.interval or answer.interval:
+        return gold.interval[:2] == answer.interval[:2] and all(map(same_value, gold.interval[2:], answer.interval[2:]))
+    golds, answers = gold.changes(), answer.changes()
+    return len(golds) == len(answers) and all(
+        states == others and (place == other or same_value(gold.ends[place], answer.ends[other]))
+        for (place, states), (other, others) in zip(golds, answers, strict=True)
     )

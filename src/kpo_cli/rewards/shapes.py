@@ -9,7 +9,7 @@ from kpo_cli.rewards.words import AND, OR, is_remark
 
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 # Possessive, so that a long run of letters cannot be split in many ways.
-_NAME_PIECES = r"(?>\\[A-Za-z]+|[A-Za-z]|_\{[^{}]*\}|[{}']|\s|\([^()]*\))++"
+_NAME_PIECES = r"(?>\\[A-Za-z]+|[A-Za-z]|_\{[^{}]*\}|\^\{-1\}(?=\()|[{}']|\s|\([^()]*\))++"
 _NAME = re.compile(rf"{_NAME_PIECES}(?::{_NAME_PIECES})*+")
 _NO_NAME = re.compile(r"\\(?:frac|sqrt|binom|sum|int|prod|lim|infty|emptyset|mathbb|begin|pi|cdot|pm|mp)(?![A-Za-z])")
 _TUPLE_OF_NAMES = re.compile(r"\(([^()]*,[^()]*)\)")
@@ -32,7 +32,7 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Items in brackets; `opened` is empty for a bare list and a set is a list."""
+    """Items in brackets; `opened` is empty for a bare list."""
 
     opened: str
     closed: str
@@ -108,6 +108,11 @@ def split_top(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[st
     return [*parts, text[start:].strip()], found
 
 
+# "x=1 y=2" and "x=1 \text{ so } y=2" are two equations and no chain.
+_TWO_EQUATIONS = re.compile(
+    r"(?:(?P<value>=\s*[+-]?(?:[\d./]+|\\frac\{\d+\}\{\d+\})) |(?<=[^\s,(])\s*\\text\{[^{}]*\}\s*)"
+    r"(?=[A-Za-z](?:_\{\w+\})?\s*=)"
+)
 COMMA, _SEMICOLON = re.compile(f"[,;{AND}{OR}]"), re.compile(";")
 SIGN = re.compile(r"\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[=<>]")
 CUP = re.compile(r"\\cup(?![A-Za-z])")
@@ -123,6 +128,8 @@ def read_shape(text: str) -> Shape:
     matrix = _MATRIX.fullmatch(text[1:-1].strip() if text[:1] + text[-1:] in ("[]", "()") else text)
     if matrix and matrix[2].count("\\begin") == 0:
         return _read_matrix(matrix[2])
+    if "=" in text:
+        text = _TWO_EQUATIONS.sub(r"\g<value>,", text)
     if has_top_level_comma(text):
         return _read_list(text)
     sides, signs = split_top(text, SIGN)
@@ -130,8 +137,6 @@ def read_shape(text: str) -> Shape:
         match = _REMARK_BEHIND.search(sides[-1])
         if match and match.start() and is_remark(match["words"]):
             sides[-1] = sides[-1][: match.start()]
-        if two := _side_by_side(sides, signs):
-            return Group("", "", two)
         return _read_relation(sides, signs)
     parts, cups = split_top(text, CUP)
     if cups:
@@ -156,7 +161,7 @@ def without_prefix(text: str) -> str:
 def _read_value(text: str) -> Shape:
     """A single value, or the two values of a plus-minus."""
     if "\\pm" in text or "\\mp" in text:
-        return Group("", "", tuple(_expand_signs(text)))
+        return Group("", "", tuple(expand_signs(text)))
     return Value(*split_unit(text))
 
 
@@ -172,7 +177,7 @@ def _read_list(text: str) -> Shape:
     outer = [part for part in outer if part]
     if semicolons and any(has_top_level_comma(part) for part in outer):
         return Group("", "", tuple("(" + ",".join(_values_of(part)) + ")" for part in outer))
-    items = [item for part in split_top(text, COMMA)[0] for item in _expand_signs(part) if item]
+    items = [item for part in split_top(text, COMMA)[0] for item in expand_signs(part) if item]
     return Group("", "", tuple(items)) if len(items) > 1 else Value(text)
 
 
@@ -187,7 +192,7 @@ def _drop_name(text: str) -> str:
     return shape.sides[-1] if isinstance(shape, Relation) and is_assignment(shape) else text
 
 
-def _expand_signs(text: str) -> list[str]:
+def expand_signs(text: str) -> list[str]:
     r"""Both values of an expression with `\pm`; the signs of one expression go together."""
     if "\\pm" not in text and "\\mp" not in text:
         return [text]
@@ -205,22 +210,14 @@ def _read_group(text: str) -> Group | Value | None:
     closed = "\\}" if opened == "\\{" else text[-1:]
     if close is None or close + len(closed) != len(text):
         return None
-    items = [item for part in split_top(text[len(opened) : close], COMMA)[0] for item in _expand_signs(part) if item]
+    if opened == "(" and len(both := expand_signs(text)) > 1:
+        return Group("", "", tuple(both))
+    items = [item for part in split_top(text[len(opened) : close], COMMA)[0] for item in expand_signs(part) if item]
     if opened == "\\{" and len(items) == 1:
         return Value(items[0]) if not split_top(items[0], SIGN)[1] else None
     if len(items) < 2:
         return None
-    return Group("", "", tuple(items)) if opened == "\\{" else Group(opened, closed, tuple(items))
-
-
-_TWO = re.compile(r"(?P<value>[+-]?[\d./]+|[+-]?\\frac\{\d+\}\{\d+\}) (?P<name>[A-Za-z](?:_\{\w+\})?)")
-
-
-def _side_by_side(sides: list[str], signs: list[str]) -> tuple[str, ...]:
-    """The equations of "x=1 y=2", which are two and no chain; nothing for a chain."""
-    if len(sides) != 3 or set(signs) != {"="} or not (match := _TWO.fullmatch(sides[1])):
-        return ()
-    return f"{sides[0]}={match['value']}", f"{match['name']}={sides[2]}"
+    return Group(opened, closed, tuple(items))
 
 
 def _read_relation(sides: list[str], signs: list[str]) -> Shape:

@@ -16,7 +16,7 @@ _SIZES: dict[str, dict[str, str]] = {
     "time": {
         "ms": "1/1000", "s sec second": "1", "min minute": "60", "h hr hour": "3600", "day": "86400", "week": "604800",
     },
-    "months": {"month": "1", "year yr": "12"},
+    "morning": {"am": "1"}, "afternoon": {"pm": "1"}, "months": {"month": "1", "year yr": "12"},
     "mass": {"mg": "1/1000", "g gram": "1", "kg kilogram": "1000", "lb pound": "45359237/100000"},
     "volume": {"ml mL milliliter millilitre": "1/1000", "l L liter litre": "1"},
     "money": {"cent": "1/100", "dollar": "1"},

@@ -27,7 +27,8 @@ _CHANGING = _set(
     "smaller above below under between up until base mod modulo if unless when inverse reciprocal opposite "
     "complement factorial else than isn't aren't doesn't wasn't cannot impossible undefined choose exceeds "
     "exceeding within imaginary log sine cosine tangent sqrt abs absolute floor ceil ceiling multiple multiples "
-    "divisor divisors wrong incorrect false"
+    "divisor divisors wrong incorrect false otherwise error probability "
+    "january february march april may june july august september october november december"
 )
 _NEGATIONS = _set("not no non never none nor neither isn't aren't doesn't wasn't cannot except")
 _COPULA = re.compile(r"(?:\b(?:is|are|be|equals)|[:=])\s*$")
@@ -68,6 +69,8 @@ def mark_words(text: str) -> str:
 
 def _explode(content: str) -> str:
     r"""The content of a text that has numbers in it, as words in `\text{}` and mathematics outside."""
+    if not re.search(r"[^\W\d_]", content) and re.search(r"[^\s,]", content):
+        return content  # a sign
     if not re.search(r"\d|[=<>]", content):
         return rf"\text{{{content}}}"
     return _RUNS.sub(_as_text, content)
