@@ -77,8 +77,8 @@ class Pass:
     predicted: int
     """Response tokens."""
     half: bool
-    recompute: bool
-    """Gradient checkpointing."""
+    recomputed: int
+    """Layers, the first ones, that keep their input alone (gradient checkpointing)."""
     adapters: float
     """Ranks of all adapters of a layer together; 0: every weight trains."""
     on_gpu: bool
@@ -88,13 +88,14 @@ def activation_bytes(model: Decoder, batch: Pass) -> int:
     """The peak of a pass beside weights (with autocast's copies of them), gradients and the optimizer's state.
 
     It is reached in the forward pass of the head, in its backward pass, in the backward pass of the last layer, or in
-    that of the embedding, by then with no activations. With recomputation layers keep their input alone, but for the
-    one that is computed again; and autocast's copies are gone once the forward pass is over.
+    that of the embedding, by then with no activations. Recomputed layers keep their input alone, but for the one that
+    is computed again; and of them autocast's copies are gone once the forward pass is over.
     """
     trained, square = batch.adapters == 0, model.vocabulary * model.hidden
     hidden = 4 * batch.tokens * model.hidden  # float32 under autocast as well, since the embedding is
     layer = _layer_bytes(model, batch)
-    kept = model.layers * (hidden if batch.recompute else layer) + (1 + trained) * hidden  # and the last norm
+    whole = model.layers - batch.recomputed
+    kept = batch.recomputed * hidden + whole * layer + (1 + trained) * hidden  # and the last norm
     states = 4 * batch.predicted * model.hidden  # those that predict a token
     forward, backward = _head_bytes(model, batch)
     # The gradient of the head's weight waits for that of the embedding, which comes last, if they are one.
@@ -107,8 +108,8 @@ def activation_bytes(model: Decoder, batch: Pass) -> int:
     # Autocast's copies: the layers' are kept from the forward to the backward pass, the head's are made for each.
     head = 2 * square if batch.half else 0
     of_layers = 2 * model.matrices if batch.half and trained else 0
-    in_backward = 0 if batch.recompute else of_layers
-    at_work = layer + of_layers // model.layers if batch.recompute else 0
+    in_backward = whole * of_layers // model.layers
+    at_work = 0 if whole else layer + of_layers // model.layers
     moments = (
         kept + states + hidden + forward + head + of_layers,
         kept + states + backward + head + in_backward,
