@@ -14,9 +14,10 @@ import argparse
 import contextlib
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -48,6 +49,8 @@ SHAPES = {
     "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
     "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
 }
+
+NO_ADAPTERS = LoraConfig(0, None, "all-linear", False)
 
 
 def qwen3(name: str, layers: int | None = None) -> Qwen3Config:
@@ -122,40 +125,67 @@ def rows_of(groups: int, group: int, prompt: int, response: int) -> Batch:
     return make_batch([[1] * prompt] * groups, answers, torch.zeros(groups * group), torch.zeros(groups * group))
 
 
-def count(config: PretrainedConfig, batch: Batch, *, half: bool, recompute: bool, lora: LoraConfig) -> Counted:
-    """A micro-batch of all rows of `batch` through a model of that configuration."""
+@dataclass(frozen=True)
+class Job:
+    """A training pass on fake tensors."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    run: Callable[[], None]
+    """The scorer, the objective and their backward pass."""
+
+    def step(self) -> None:
+        give_gradients(self.model, self.optimizer)
+        self.optimizer.step()
+
+
+@contextmanager
+def on_fake_tensors(
+    config: PretrainedConfig,
+    batch: Batch,
+    *,
+    half: bool = False,
+    lora: LoraConfig = NO_ADAPTERS,
+    weights: Any = torch.float32,
+) -> Iterator[Job]:
+    """Within the block: a micro-batch of all rows of `batch`, a model of that configuration and its AdamW.
+
+    `half`: it computes in bfloat16 as `kpo train` does; `weights` are all that there are of another type.
+    """
     # Both read numbers, which fake tensors do not have.
     packed, mesh = pack(batch, torch.device("cpu")), mesh_of_one(torch.device("cpu"))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
-    if recompute:
-        recompute_layers(model)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval().to(weights)
     if lora.rank:
         add_adapters(model, lora)
-    fake, peak = FakeTensorMode(), Peak()
+    fake = FakeTensorMode()
     inputs = Batch(**{name: fake.from_tensor(value) for name, value in vars(batch).items()})
     with fake, _without_numbers(_faked(packed, fake)):
         _leave_meta(model)
         if half:
             with mock.patch("kpo_cli.policy.load.mesh_of_one", return_value=mesh):
                 narrow(model, torch.bfloat16)
-        trained = trained_weights(model)
-        optimizer = torch.optim.AdamW(trained, fused=True)
+        optimizer = torch.optim.AdamW(trained_weights(model), fused=True)
         scorer, objective = Scorer(model, 1.0, half, packed=True), load_objective("grpo")
-        with peak:
-            for parameter in model.parameters():
-                peak.add(parameter)
-            weights = peak.now
-            _pass(scorer, objective, inputs)
-            give_gradients(model, optimizer)
-            optimizer.step()
-            peak.most = peak.now
-            _pass(scorer, objective, inputs)
-            passed, before = peak.most, peak.now
-            peak.most = before
-            optimizer.step()
-            gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
-            moments = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+        yield Job(model, optimizer, partial(_pass, scorer, objective, inputs))
+
+
+def count(config: PretrainedConfig, batch: Batch, *, half: bool, recomputed: int, lora: LoraConfig) -> Counted:
+    """A micro-batch of all rows of `batch` through a model of that configuration."""
+    with on_fake_tensors(config, batch, half=half, lora=lora) as job, Peak() as peak:
+        recompute_layers(job.model, recomputed)
+        for parameter in job.model.parameters():
+            peak.add(parameter)
+        weights = peak.now
+        job.run()
+        job.step()
+        peak.most = peak.now
+        job.run()
+        passed, before = peak.most, peak.now
+        peak.most = before
+        job.optimizer.step()
+        gradients = sum(p.grad.nbytes for p in job.optimizer.param_groups[0]["params"] if p.grad is not None)
+        moments = sum(tensor.nbytes for state in job.optimizer.state.values() for tensor in state.values())
     return Counted(weights, gradients, moments, passed, weights + gradients + moments + peak.most - before)
 
 
@@ -209,7 +239,7 @@ def _without_numbers(packed: PackedBatch) -> Iterator[None]:
         yield
 
 
-def planned(config: PretrainedConfig, batch: Batch, *, half: bool, recompute: bool, lora: LoraConfig) -> Counted:
+def planned(config: PretrainedConfig, batch: Batch, *, half: bool, recomputed: int, lora: LoraConfig) -> Counted:
     """The same by the formulas of `kpo train`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -219,7 +249,7 @@ def planned(config: PretrainedConfig, batch: Batch, *, half: bool, recompute: bo
     rows = sum(bucket.numel() for bucket in packed.packing.buckets)
     sizes = packed.input_ids.numel(), rows, packed.predictors.numel()
     state = weights + gradients + moments
-    peak = state + activation_bytes(decoder, Pass(*sizes, half, recompute, adapters, on_gpu=False))
+    peak = state + activation_bytes(decoder, Pass(*sizes, half, recomputed, adapters, on_gpu=False))
     return Counted(weights, gradients, moments, peak, state)
 
 
@@ -237,15 +267,15 @@ def main() -> None:
     prompt, group = 256, 8
     response = (arguments.tokens - 2 * prompt) // (2 * group) + 1
     batch = rows_of(2, group, prompt, response)
-    for shape, half, recompute, rank in product(arguments.shapes, (True, False), (False, True), (0, 16)):
+    for shape, half, share, rank in product(arguments.shapes, (True, False), (0, 0.5, 1), (0, 16)):
+        config = qwen3(shape, arguments.layers)
         settings: dict[str, Any] = {
             "half": half,
-            "recompute": recompute,
+            "recomputed": int(share * config.num_hidden_layers),
             "lora": LoraConfig(rank, None, "all-linear", False),
         }
-        config = qwen3(shape, arguments.layers)
         plan, found = planned(config, batch, **settings), count(config, batch, **settings)
-        cells = [shape, "bfloat16" if half else "float32", "yes" if recompute else "", str(rank or "")]
+        cells = [shape, "bfloat16" if half else "float32", {0: "", 0.5: "half", 1: "yes"}[share], str(rank or "")]
         for name in ("forward_and_backward", "step"):
             one, other = getattr(plan, name), getattr(found, name)
             cells += [f"{one / GIB:.2f}", f"{other / GIB:.2f}", f"{one / other:.3f}"]

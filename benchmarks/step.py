@@ -289,7 +289,7 @@ def one_step(
 ) -> dict[str, float]:
     """Seconds by phase, `peak` bytes, and `pass`, the most tokens of a pass."""
     device = model.device.type
-    recompute_layers(model, variant.recompute)
+    recompute_layers(model, None if variant.recompute else 0)
     clock = Clock(device)
     updater = TimedUpdater(
         scorer=Scorer(model, 1.0, half=device == "cuda", packed=variant.packed),

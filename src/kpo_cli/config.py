@@ -94,7 +94,8 @@ class ModelConfig:
     chat_template_kwargs: dict[str, Any]
     dtype: str
     device: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int | str
+    """Whether layers recompute their activations, or how many; auto: as few as memory asks for."""
     lora: LoraConfig
 
     def __post_init__(self) -> None:
@@ -114,6 +115,9 @@ class ModelConfig:
         _one_of("model.chat_template", self.chat_template, CHAT_TEMPLATES)
         _one_of("model.dtype", self.dtype, DTYPES)
         _one_of("model.device", self.device, DEVICES)
+        again = self.gradient_checkpointing
+        if again != "auto" and (isinstance(again, str) or again < 0):
+            raise UserError(f"model.gradient_checkpointing={again} must be true, false, auto or a number of layers")
 
 
 @dataclass(frozen=True)
@@ -436,7 +440,7 @@ def convert(kind: Any, value: Any, key: str = "") -> Any:
     if origin is types.UnionType:
         if value is None and type(None) in arguments:
             return None
-        return value if isinstance(value, str) and str in arguments else convert(arguments[0], value, key)
+        return value if type(value) in arguments else convert(arguments[0], value, key)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise UserError(f"{key}={value} must be a list of {len(arguments)} values")

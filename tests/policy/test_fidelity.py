@@ -292,9 +292,28 @@ def test_layers_are_recomputed_in_eval_mode_where_gradients_are_wanted():
     log_probs, _ = Scorer(model, 1.0)(batch)
     log_probs.sum().backward()
     assert calls == [False] * 6
-    assert recompute_layers(model, False)
+    assert recompute_layers(model, 1) == 2  # the first one alone
     Scorer(model, 1.0)(batch)[0].sum().backward()
-    assert calls == [False] * 8
+    assert calls == [False] * 9
+    assert recompute_layers(model, 0) == 2
+    Scorer(model, 1.0)(batch)[0].sum().backward()
+    assert calls == [False] * 11
+
+
+@pytest.mark.parametrize("count", [1, 2, None])
+def test_recomputed_layers_give_the_same_bits(count):
+    model, batch = llama(), ragged_batch()
+    way = choose_way(model)
+
+    def found():
+        model.zero_grad()
+        log_probs, _ = way.scorer(model, 1.0)(batch)
+        log_probs[batch.response_mask].sum().backward()
+        return [log_probs[batch.response_mask].detach(), *(p.grad.clone() for p in model.parameters())]
+
+    wanted = found()
+    recompute_layers(model, count)
+    assert all(torch.equal(one, other) for one, other in zip(found(), wanted, strict=True))
 
 
 # A run that goes on

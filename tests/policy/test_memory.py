@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kpo_cli.config import LoraConfig, train_config
 from kpo_cli.errors import UserError
+from kpo_cli.policy import memory
 from kpo_cli.policy.activations import Decoder, NoEstimate, cache_bytes
 from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.memory import GIB, MemoryPlan, check_memory, largest_micro_batch, plan_memory
@@ -30,22 +31,24 @@ def config_of(*overrides):
 
 
 @pytest.mark.parametrize(
-    ("shape", "vocabulary", "half", "recompute", "rank"),
+    ("shape", "vocabulary", "half", "recomputed", "rank"),
     [
-        ("0.6b", 4_096, True, False, 0),  # layers are nearly all of it
-        ("0.6b", 151_936, True, True, 0),  # as is the head
-        ("4b", 4_096, True, True, 0),
-        ("4b", 4_096, False, False, 0),
-        ("4b", 151_936, False, True, 0),
-        ("4b", 4_096, True, False, 16),
-        ("0.6b", 4_096, False, True, 16),
+        ("0.6b", 4_096, True, 0, 0),  # layers are nearly all of it
+        ("0.6b", 151_936, True, 3, 0),  # as is the head
+        ("4b", 4_096, True, 3, 0),
+        ("4b", 4_096, True, 2, 0),
+        ("4b", 4_096, False, 0, 0),
+        ("4b", 151_936, False, 3, 0),
+        ("4b", 4_096, True, 0, 16),
+        ("0.6b", 4_096, False, 1, 0),
+        ("0.6b", 4_096, False, 3, 16),
     ],
 )
-def test_the_plan_is_what_fake_tensors_count(shape, vocabulary, half, recompute, rank):
+def test_the_plan_is_what_fake_tensors_count(shape, vocabulary, half, recomputed, rank):
     """Three layers: all but the constant part is linear in them. Whole models: benchmarks/memory.py."""
     config = counting.qwen3(shape, 3)
     config.vocab_size = vocabulary
-    settings = {"half": half, "recompute": recompute, "lora": LoraConfig(rank, None, "all-linear", False)}
+    settings = {"half": half, "recomputed": recomputed, "lora": LoraConfig(rank, None, "all-linear", False)}
     batch = counting.rows_of(2, 8, 128, 480)
     plan, found = counting.planned(config, batch, **settings), counting.count(config, batch, **settings)
     assert plan.gradients == pytest.approx(found.gradients, rel=1e-3)
@@ -68,6 +71,44 @@ def test_the_largest_micro_batch_is_one_of_full_rows():
     assert largest_micro_batch(limited, 10**9, gpu=True)[0] == 500
     one_row = config_of(*sizes, "rollout.max_response_tokens=1000", "trainer.max_tokens_per_micro_batch=500")
     assert largest_micro_batch(one_row, 10**9, gpu=True)[2] == 1000
+
+
+def test_auto_recomputes_as_few_layers_as_make_it_fit(monkeypatch):
+    """Of all numbers of layers the smallest whose plan leaves a tenth of the device free."""
+
+    def plan(setting, free=2**50):
+        monkeypatch.setattr(memory, "_free", lambda device: int(free))
+        sizes = ["rollout.max_response_tokens=2000", "trainer.max_tokens_per_micro_batch=16384"]
+        config = config_of(*sizes, f"model.gradient_checkpointing={setting}")
+        return plan_memory(config, shape, CPU, True)
+
+    shape = counting.qwen3("0.6b", 3)
+    shape.vocab_size = 4_096  # else the head's part of a pass were the largest
+    plans = [plan(count) for count in range(4)]
+    needs = [p.fixed + p.activations for p in plans]
+    assert [p.recomputed for p in plans] == [(count, 3) for count in range(4)]
+    assert needs[0] > needs[1] > needs[2]
+    assert needs[2] < needs[3]  # the last one again, beside all that it would have kept
+    assert (plan("false"), plan("true")) == (plans[0], plans[3])
+    for count, need in enumerate(needs[:3]):
+        assert plan("auto", need / 0.9 + 1).recomputed == (count, 3)
+    assert plan("auto", needs[1] / 0.9 - 1).recomputed == (2, 3)
+    assert plan("auto", needs[2] / 2).recomputed == (2, 3)  # nothing fits: the least there is
+    assert "with 2 of 3 layers recomputed" in plans[2].describe()
+
+
+@pytest.mark.parametrize(("free", "layers"), [(2**40, 0), (2**20, 2)])
+def test_a_run_stores_the_layers_that_auto_chose(free, layers, monkeypatch, tmp_path):
+    config = config_of("model.gradient_checkpointing=auto")
+    monkeypatch.setattr(memory, "_free", lambda device: free)
+    monkeypatch.setattr(check, "check_memory", lambda plan: None)
+    assert check.check_fit(config, tmp_path)[0].model.gradient_checkpointing == layers
+
+
+@pytest.mark.parametrize("setting", ["some", "-1", "1.5", "null", "[1]"])
+def test_other_words_for_recomputation_are_refused(setting):
+    with pytest.raises(UserError, match=r"model\.gradient_checkpointing="):
+        config_of(f"model.gradient_checkpointing={setting}")
 
 
 def test_the_cache_is_the_samplers(monkeypatch):
@@ -145,7 +186,8 @@ def test_a_plan_that_fails_altogether_is_a_line(monkeypatch, tmp_path):
         raise TypeError("unsupported operand")
 
     monkeypatch.setattr(check, "plan_memory", broken)
-    assert check.check_fit(config_of(), tmp_path) == ["memory: no estimate (TypeError: unsupported operand)"]
+    config = config_of()
+    assert check.check_fit(config, tmp_path) == (config, ["memory: no estimate (TypeError: unsupported operand)"])
 
 
 def test_what_is_off_the_device_is_counted_where_it_is(monkeypatch):

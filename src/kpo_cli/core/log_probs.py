@@ -142,6 +142,9 @@ class _LinearLogProbs(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=peak.dtype) if needs_weight else None
         bias_grad = torch.zeros_like(bias, dtype=peak.dtype) if needs_bias else None
         buffer = peak.new_empty(chunk, len(weight))
+        # The products' input is written as they read it, unless more is added to it first.
+        wide = entropy is not None or bias_grad is not None
+        narrow = buffer if wide or matmul_dtype == peak.dtype else buffer.new_empty(buffer.shape, dtype=matmul_dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Head(weight, bias, temperature, matmul_dtype)
             for part in _parts(len(hidden), chunk):
@@ -154,8 +157,10 @@ class _LinearLogProbs(torch.autograd.Function):
                 if entropy is not None:
                     h = entropy_grad[part, None] / temperature
                     through_entropy = torch.special.entr(p).sub_(p * entropy[part, None]).mul_(h)
-                grad = torch.mul(p, -g, out=buffer[: len(p)])
-                grad.scatter_add_(-1, token_ids[part, None], g)
+                ids = token_ids[part, None]
+                of_chosen = g - p.gather(-1, ids) * g  # not of a difference that was rounded: p may be close to 1
+                grad = torch.mul(p, -g, out=narrow[: len(p)])
+                grad.scatter_(-1, ids, of_chosen.to(grad.dtype))
                 if through_entropy is not None:
                     grad += through_entropy
                 if bias_grad is not None:
@@ -187,7 +192,7 @@ class _Head:
         _matmul(hidden, self.weight.t(), out)
         if self.bias is not None:
             out += self.bias
-        return out.div_(self.temperature)
+        return out if self.temperature == 1 else out.div_(self.temperature)
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -204,7 +209,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a.T @ b, in the dtype of `total` and with no other matrix of its size."""
     if a.is_cuda and a.dtype != total.dtype:
         for part in _parts(len(total), 2**14):
-            total[part] += torch.mm(a[:, part].t(), b, out_dtype=total.dtype)
+            total[part].add_(torch.mm(a[:, part].t(), b, out_dtype=total.dtype))  # += would copy the block onto itself
     else:
         total.addmm_(a.to(total.dtype).t(), b.to(total.dtype))
 

@@ -77,8 +77,8 @@ class Pass:
     predicted: int
     """Response tokens."""
     half: bool
-    recompute: bool
-    """Gradient checkpointing."""
+    recomputed: int
+    """Layers, the first ones, that keep their input alone (gradient checkpointing)."""
     adapters: float
     """Ranks of all adapters of a layer together; 0: every weight trains."""
     on_gpu: bool
@@ -88,20 +88,20 @@ def activation_bytes(model: Decoder, batch: Pass) -> int:
     """The peak of a pass beside weights, gradients and the optimizer's state.
 
     It is reached in the forward pass of the head, in its backward pass, in the backward pass of the last layer, or in
-    that of the embedding, by then with no activations. With recomputation layers keep their input alone, but for the
-    one that is computed again. Of weights that train 16 bits are there (policy/sharding.py) of a layer while it is at
-    work, and of embedding and head from the beginning to the end.
+    that of the embedding, by then with no activations. Recomputed layers keep their input alone, but for the one that
+    is computed again. Of weights that train 16 bits are there (policy/sharding.py) of a layer while it is at work, and
+    of embedding and head from the beginning to the end.
     """
     trained, square, width = batch.adapters == 0, model.vocabulary * model.hidden, 2 if batch.half else 4
     tables = square * (1 if model.tied else 2)
     hidden = width * batch.tokens * model.hidden
     layer = _layer_bytes(model, batch)
-    kept = model.layers * (hidden if batch.recompute else layer)
-    kept += (4 + width * trained) * batch.tokens * model.hidden  # the last norm
+    whole = model.layers - batch.recomputed
+    kept = batch.recomputed * hidden + whole * layer + (4 + width * trained) * batch.tokens * model.hidden  # last norm
     states = width * batch.predicted * model.hidden  # those that predict a token
     forward, backward = _head_bytes(model, batch)
     # In an MLP's backward pass three gradients of its width are there and one activation has gone.
-    working = hidden + 2 * width * batch.tokens * model.intermediate + (layer if batch.recompute else 0)
+    working = hidden + 2 * width * batch.tokens * model.intermediate + (0 if whole else layer)
     # The gradient of the head's weight waits for that of the embedding, which comes last, if they are one.
     waiting = width * square if trained and (model.tied or batch.half) else 0
     around = 0

@@ -239,7 +239,9 @@ def _prepare(
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id
     )
-    if config.gradient_checkpointing and not recompute_layers(model):
+    again = config.gradient_checkpointing  # auto only where nothing could be planned
+    able = recompute_layers(model, None if again is True or again == "auto" else int(again))
+    if not able and again not in (False, "auto"):
         raise UserError(
             f"model.path={config.path}: transformers cannot recompute the layers of this architecture; set "
             f"model.gradient_checkpointing=false"

@@ -1,6 +1,7 @@
 """What a run needs in memory, told before the weights are loaded."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from kpo_cli.policy.lora import adaptable
 from kpo_cli.runs.directory import first_line
 
 GIB = 2**30
+FILLED = 0.9
+"""Of what is free, what a plan that chooses may take: kernels, the allocator and the estimate's own error take more."""
 LESS_MEMORY = "lower trainer.max_tokens_per_micro_batch or rollout.batch_size, or set model.gradient_checkpointing=true"
 """A run that is resumed may do so."""
 
@@ -43,6 +46,8 @@ class MemoryPlan:
     """What of the optimizer is off the device while the policy samples."""
     unknown: str | None = None
     """Why there are no estimates."""
+    recomputed: tuple[int, int] = (0, 0)
+    """Layers whose activations are computed again, and all of them."""
 
     @property
     def fixed(self) -> int:
@@ -61,9 +66,11 @@ class MemoryPlan:
         free = f"{self.available / GIB:.1f} GiB free on {self.device}"
         if self.unknown:
             return f"memory: no estimate ({self.unknown}), but {self.fixed / GIB:.1f} GiB before any ({parts}), {free}"
+        again, layers = self.recomputed
+        recomputed = f" with {again} of {layers} layers recomputed" if again else ""
         return (
-            f"memory: about {self.most / GIB:.1f} GiB ({parts}, activations about {self.activations / GIB:.2f}, or the "
-            f"cache while sampling about {self.cache / GIB:.2f}), {free}"
+            f"memory: about {self.most / GIB:.1f} GiB ({parts}, activations about {self.activations / GIB:.2f}"
+            f"{recomputed}, or the cache while sampling about {self.cache / GIB:.2f}), {free}"
         )
 
 
@@ -93,20 +100,23 @@ def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, ha
     if gpu and offload != "always":
         ways_out["trainer.offload_optimizer=always"] = max(weights + gradients, 4 * count)
     optimizer = 0 if gpu and offload == "always" else optimizer
-    activations, cache, unknown = _estimates(config, model_config, model, half, gpu)
+    available, loading = _free(device), 4 * count
+    room = FILLED * available - max(weights + gradients + optimizer, loading)
+    activations, cache, recomputed, unknown = _estimates(config, model_config, model, half, gpu, room)
     return MemoryPlan(
         parameters=count,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        available=_free(device),
+        available=available,
         device=str(device),
-        loading=4 * count,
+        loading=loading,
         ways_out=tuple(ways_out.items()),
         cache=cache,
         offloaded=0 if not gpu or offload == "none" else optimizer,
         unknown=unknown,
+        recomputed=recomputed,
     )
 
 
@@ -124,26 +134,42 @@ def state_bytes(model: Any, lora: LoraConfig, half: bool, reference: bool = Fals
 
 
 def _estimates(
-    config: TrainConfig, model_config: Any, model: Any, half: bool, gpu: bool
-) -> tuple[int, int, str | None]:
-    """Activations, the sampler's cache, and why there are neither: an estimate that fails must not stop a run."""
+    config: TrainConfig, model_config: Any, model: Any, half: bool, gpu: bool, room: float
+) -> tuple[int, int, tuple[int, int], str | None]:
+    """Activations, the sampler's cache, how many layers of all are recomputed so that activations fit into `room`, and
+    why there are no estimates: one that fails must not stop a run."""
     lora, rollout, trainer = config.model.lora, config.rollout, config.trainer
     try:
         decoder = Decoder.of(model_config.get_text_config(), model)
         adapters = lora.rank * len(adaptable(model, lora)) / decoder.layers
         count = sum(p.numel() for p in model.parameters())
         tokens, gathered, predicted = largest_micro_batch(config, count, gpu)
-        recompute = config.model.gradient_checkpointing
-        activations = activation_bytes(decoder, Pass(tokens, gathered, predicted, half, recompute, adapters, gpu))
+
+        def needed(recomputed: int) -> int:
+            return activation_bytes(decoder, Pass(tokens, gathered, predicted, half, recomputed, adapters, gpu))
+
+        recomputed = _recomputed(config.model.gradient_checkpointing, decoder.layers, needed, room)
+        activations, shown = needed(recomputed), (recomputed, decoder.layers)
         if rollout.name == "vllm":
-            return activations, 0, None
+            return activations, 0, shown, None
         rows = min(rollout.batch_size, max(trainer.prompts_per_step * trainer.group_size, config.data.heldout))
-        cache = cache_bytes(decoder, rows, rollout.max_prompt_tokens + rollout.max_response_tokens, half)
-        return activations, cache + (2 * count if half else 0), None
+        length = rollout.max_prompt_tokens + rollout.max_response_tokens
+        cache = cache_bytes(decoder, rows, length, half)
+        return activations, cache + (2 * count if half else 0), shown, None
     except NoEstimate as reason:
-        return 0, 0, str(reason)
+        return 0, 0, (0, 0), str(reason)
     except Exception as error:  # a stranger's configuration may hold anything
-        return 0, 0, f"{type(error).__name__}: {first_line(error)}"
+        return 0, 0, (0, 0), f"{type(error).__name__}: {first_line(error)}"
+
+
+def _recomputed(setting: bool | int | str, layers: int, needed: Callable[[int], int], room: float) -> int:
+    """How many layers model.gradient_checkpointing means; `auto`: as few as make activations fit into `room` bytes.
+
+    All but the last is the most that helps: to compute that again needs what it would have kept, at the same moment.
+    """
+    if setting == "auto":
+        return next((count for count in range(layers) if needed(count) <= room), layers - 1)
+    return layers if setting is True else min(int(setting), layers)
 
 
 def largest_micro_batch(config: TrainConfig, parameters: int, gpu: bool) -> tuple[int, int, int]:

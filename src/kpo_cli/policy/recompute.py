@@ -4,6 +4,7 @@ transformers recomputes in train mode only, and that mode is another model: drop
 act, Gemma 3n clips its weights in place. A policy is never in train mode.
 """
 
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -22,15 +23,27 @@ class _Recomputed:
         return checkpoint(partial(own, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def recompute_layers(module: torch.nn.Module, on: bool = True) -> bool:
-    """Let the outermost layers in `module` that transformers could recompute do so; False if it has none."""
-    if isinstance(module, GradientCheckpointingLayer):
-        kind: Any = type(module)
+def recompute_layers(model: torch.nn.Module, count: int | None = None) -> int:
+    """Let the first `count` (None: all) of the outermost layers that transformers could recompute do so, and the others
+    not; returns how many it could.
+
+    The first: they are computed again last, when what the others kept has gone.
+    """
+    layers: list[Any] = list(_outermost(model))
+    for place, layer in enumerate(layers):
+        kind = type(layer)
         own = kind.__bases__[1] if issubclass(kind, _Recomputed) else kind
-        module.__class__ = _recomputed(own) if on else own  # not a wrapped method: a copy's would be the first one's
-        return True
-    found = [recompute_layers(child, on) for child in module.children()]  # all of them
-    return any(found)
+        # Not a wrapped method: a copy's would be the first one's.
+        layer.__class__ = _recomputed(own) if count is None or place < count else own
+    return len(layers)
+
+
+def _outermost(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    if isinstance(module, GradientCheckpointingLayer):
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost(child)
 
 
 @cache

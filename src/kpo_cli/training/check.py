@@ -4,6 +4,7 @@ import functools
 import operator
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,12 @@ MOVED = ("model.path", "data.path", "trainer.eval.data_dir")
 """Where a resumed run finds what it began with, if that was moved."""
 
 
-def check_fit(config: TrainConfig, run_dir: Path | None) -> list[str]:
+def check_fit(config: TrainConfig, run_dir: Path | None) -> tuple[TrainConfig, list[str]]:
     """Compare what the run needs with what there is, before the weights are loaded: memory, and disk in `run_dir`.
 
-    Raises UserError for what cannot fit. What cannot be estimated stops nothing, and says so.
+    Returns the configuration with model.gradient_checkpointing=auto resolved by that, so that the stored one names the
+    number of layers, and lines. Raises UserError for what cannot fit. What cannot be estimated stops nothing, and says
+    so.
     """
     device, dtype = choose_device(config.model)
     with loading_errors(config.model):
@@ -64,7 +67,9 @@ def check_fit(config: TrainConfig, run_dir: Path | None) -> list[str]:
     try:
         plan = plan_memory(config, model_config, device, dtype != "float32")
     except Exception as error:  # loading the model will say it better, if it is more than the plan that fails
-        return [f"memory: no estimate ({type(error).__name__}: {first_line(error)})"]
+        return config, [f"memory: no estimate ({type(error).__name__}: {first_line(error)})"]
+    if config.model.gradient_checkpointing == "auto" and not plan.unknown:
+        config = replace(config, model=replace(config.model, gradient_checkpointing=plan.recomputed[0]))
     warning = check_memory(plan)
     beside = ""
     if config.rollout.name == "vllm":
@@ -72,7 +77,7 @@ def check_fit(config: TrainConfig, run_dir: Path | None) -> list[str]:
         share = f"about {left:.1f} GiB, and gives it back" if device.type == "cuda" else "for its own weights and cache"
         beside = f"; while sampling vLLM takes what that leaves, {share}"
     memory = [plan.describe() + beside, *([f"warning: {warning}"] if warning else [])]
-    return [*memory, *check_disk(config, plan, run_dir or Path("outputs"))]
+    return config, [*memory, *check_disk(config, plan, run_dir or Path("outputs"))]
 
 
 def check_disk(config: TrainConfig, plan: MemoryPlan, run_dir: Path) -> list[str]:

@@ -36,7 +36,7 @@ def _start(config: TrainConfig, run_dir: Path | None, overrides: list[str]) -> N
     config = with_engine(config)
     objective = make_objective(config)
     problems = load_problems(config.data)
-    notes = check_fit(config, run_dir)
+    config, notes = check_fit(config, run_dir)
     policy = load_policy(config.model)
     config = complete(config, policy)
     display = Display(config.trainer.steps)
@@ -59,7 +59,7 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         check_there(path, config)
         problems = load_problems(config.data)
         check_unchanged(path, config, problems, run.manifest())
-        fit = check_fit(config, path)
+        config, fit = check_fit(config, path)
         way = run.manifest().get("way")  # a run of an older kpo has none
         policy = load_policy(config.model, checkpoint, way and Way.stored(way))
         config = complete(config, policy)
