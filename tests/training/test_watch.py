@@ -64,6 +64,16 @@ def test_one_token_that_is_far_off_is_seen():
     assert not updater.trusted
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_later_mini_batch_is_looked_at_where_it_was_scored(recorded):
+    """As in a step whose ratios are recorded: a sampler may be off in few responses, and none of them in the first."""
+    batch, updater = batch_and_updater(0.0)
+    batch.rollout_log_probs[-1, 0] += 0.05
+    record = updater.update(batch, for_record=recorded)
+    assert record.mini_batch_index[-1] > 0
+    assert updater.trusted != recorded
+
+
 @pytest.mark.parametrize("noise", [0.2, float("nan")])
 def test_a_gross_gap_stops_with_the_weights_as_they_were(noise):
     batch, updater = batch_and_updater(noise)
@@ -105,6 +115,9 @@ def test_a_run_goes_on_without_them_and_so_does_what_resumes_it(tmp_path, monkey
     state = tmp_path / "run/checkpoints/step-000004/trainer/state.json"
     assert json.loads(state.read_text())["distrusted"] is True
     resume(tmp_path / "run", "trainer.steps=5")  # with a sampler that is right again
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "sampler's log-probabilities" in line]
+    assert line.startswith("warning:")
+    assert "as an earlier step saw: old ones are the trainer's" in line
     assert metrics(tmp_path / "run")[-1]["sampler_distrusted"] == 1
 
 

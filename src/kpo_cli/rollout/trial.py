@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kpo_cli.errors import UserError
-from kpo_cli.policy.fidelity import WideSoftmax, in_float64, short_windows
+from kpo_cli.policy.fidelity import WideSoftmax, in_float64, marks_of, short_windows
 from kpo_cli.policy.lora import adapted
 from kpo_cli.rollout.check import BFLOAT16, CLOSE, GROSS, SERVES, Gap, Score
 from kpo_cli.rollout.hf import HFSampler
@@ -89,6 +89,10 @@ class _Trials:
             for lengths in PROMPTS
         ]
         vocabulary = sampler.model.get_input_embeddings().num_embeddings
+        if marks := marks_of(sampler.model):  # beside what is shorter, and by itself
+            plain, other = self.batches[0][2:]
+            marked = [*plain, *marks, *other]
+            self.batches += [[marked, plain], [marked]]
         self.sampler = sampler.changed(
             stop_ids=torch.arange(0, vocabulary, STOP_EVERY, device=sampler.model.device),
             max_response_tokens=min(TOKENS, sampler.max_response_tokens),

@@ -51,6 +51,9 @@ class Progress:
     """The sampler's log-probabilities were seen not to be the trainer's: they do not serve as old ones."""
     ways: dict[str, bool] | None = None
     """How the training weights themselves are sampled from (rollout/ways.py); None where an engine samples."""
+    way: dict[str, Any] | None = None
+    """How log-probabilities are computed (policy/fidelity.py): a run that goes on stays with the last one, which may
+    be another than its manifest begins with."""
 
     @property
     def label(self) -> str:
@@ -148,6 +151,12 @@ def _forget_optimizer(path: Path) -> None:
 def _reason(error: Exception) -> str:
     """What the operating system said; safetensors has it in a sentence of its own."""
     return getattr(error, "strerror", None) or first_line(error)
+
+
+def way_of(path: Path) -> dict[str, Any] | None:
+    """`Progress.way` of a checkpoint, wanted before there is an optimizer to restore; an older kpo wrote none."""
+    way: dict[str, Any] | None = json.loads(read_text(path / STATE)).get("way")
+    return way
 
 
 def restore(path: Path, optimizer: torch.optim.Optimizer) -> Progress:

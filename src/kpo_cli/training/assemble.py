@@ -82,6 +82,7 @@ def assemble(
     before = None if progress.ways is None else Ways(**progress.ways)
     made = make_sampler(config, policy, scorer, ids, workers, display.sampled, reserved, before)
     progress.ways = None if made.ways is None else dataclasses.asdict(made.ways)
+    progress.way = policy.way.facts()
     updater.watched = made.check is None
     updater.sampler_log_probs = updater.watched and trainer.old_log_probs == "auto"
     if updater.watched and not made.serves:
@@ -93,7 +94,11 @@ def assemble(
         *(train_prompts, heldout, benchmarks, builder.templated),
     )
     notes = notes_of(job, problems, dropped + heldout_dropped)
-    return job, progress, [*note, *offload_notes, *made.notes, *notes, *prompt_notes, *benchmark_notes]
+    return (
+        job,
+        progress,
+        [*note, *offload_notes, *made.notes, *_distrust(updater, made.serves), *notes, *prompt_notes, *benchmark_notes],
+    )
 
 
 def _benchmarks(
@@ -116,6 +121,14 @@ def _benchmarks(
         if shared := shared_problems((problem.problem for problem in problems.train), held):
             notes.append(f"warning: {shared} training problems stand in the benchmark {benchmark.name} of trainer.eval")
     return benchmarks, notes
+
+
+def _distrust(updater: Updater, serves: bool) -> list[str]:
+    """A line where a sampler of the training weights is not believed, though it may serve for all that is seen now."""
+    if updater.trusted or not updater.watched:
+        return []
+    seen = ", as an earlier step saw" if serves else ""
+    return [f"warning: the sampler's log-probabilities differ from the trainer's{seen}: old ones are the trainer's"]
 
 
 def _beginning(config: TrainConfig) -> Progress:

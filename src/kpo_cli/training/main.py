@@ -9,7 +9,7 @@ from kpo_cli.data.load import load_problems
 from kpo_cli.errors import RunInterrupted, UserError
 from kpo_cli.policy.fidelity import Way
 from kpo_cli.policy.load import load_policy
-from kpo_cli.runs.checkpoints import Progress, resumable_checkpoint
+from kpo_cli.runs.checkpoints import Progress, resumable_checkpoint, way_of
 from kpo_cli.runs.directory import RunDir, check_new, default_run_dir, path_of, run_of
 from kpo_cli.training.assemble import assemble, complete, make_objective, with_engine
 from kpo_cli.training.check import changed_config, check_first_prompt, check_fit, check_there, check_unchanged, value_at
@@ -60,7 +60,7 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         problems = load_problems(config.data)
         check_unchanged(path, config, problems, run.manifest())
         fit = check_fit(config, path)
-        way = run.manifest().get("way")  # a run of an older kpo has none
+        way = (checkpoint and way_of(checkpoint)) or run.manifest().get("way")  # an older kpo wrote neither
         policy = load_policy(config.model, checkpoint, way and Way.stored(way))
         config = complete(config, policy)
         display = Display(config.trainer.steps)
