@@ -172,7 +172,7 @@ def test_an_evaluations_engine_leaves_room_for_its_check(monkeypatch):
     item = SimpleNamespace(policy=policy, prompts=prompts)
     with pytest.raises(UserError, match="so far"), evaluating._engine(item, [SimpleNamespace(name="b")], config, None):
         pass
-    assert given["reserved"] == check_bytes(model.config, 70 + FIRST_TOKENS, True) > 0
+    assert given["reserved"] == check_bytes(model.config, 70 + FIRST_TOKENS, True, False) > 0
     assert given["max_length"] == 570
     assert given["float32_logits"] is True
 

@@ -250,12 +250,12 @@ def _engine(
         return
     prompts = [prompt.token_ids for benchmark in benchmarks for prompt in item.prompts[benchmark.name]]
     model, half = item.policy.model, item.policy.dtype == "bfloat16"
-    longest, gpu = max(map(len, prompts)), model.device.type == "cuda"
+    longest, gpu, eager = max(map(len, prompts)), model.device.type == "cuda", item.policy.way.attention == "eager"
     engine = VLLMEngine(
         item.policy,
         max_length=longest + config.eval.longest,
         options=config.eval.engine or {},
-        reserved=check_bytes(model.config.get_text_config(), longest + FIRST_TOKENS, half),
+        reserved=check_bytes(model.config.get_text_config(), longest + FIRST_TOKENS, half, eager),
         float32_logits=gpu,  # as in training, whose policy this is
     )
     for note in engine.notes:

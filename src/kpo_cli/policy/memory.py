@@ -10,6 +10,7 @@ import torch
 from kpo_cli.config import LoraConfig, TrainConfig
 from kpo_cli.errors import UserError
 from kpo_cli.policy.activations import Decoder, NoEstimate, Pass, activation_bytes, cache_bytes
+from kpo_cli.policy.fidelity import Way
 from kpo_cli.policy.load import SMALL_MODEL
 from kpo_cli.policy.lora import adaptable
 from kpo_cli.runs.directory import first_line
@@ -78,8 +79,14 @@ def max_tokens(parameters: int, device: torch.device) -> int:
     return 2_048 if parameters < SMALL_MODEL else 4_096
 
 
-def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, half: bool) -> MemoryPlan:
-    """Count the parameters of a model by its transformers config, without loading it. `half`: bfloat16 forward pass."""
+def plan_memory(
+    config: TrainConfig, model_config: Any, device: torch.device, half: bool, way: Way | None = None
+) -> MemoryPlan:
+    """Count the parameters of a model by its transformers config. `half`: bfloat16 forward pass.
+
+    Without a `way` it is not loaded yet, and will be packed for all that one knows; with it its weights are on the
+    device.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -93,14 +100,14 @@ def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, ha
     if gpu and offload != "always":
         ways_out["trainer.offload_optimizer=always"] = max(weights + gradients, 4 * count)
     optimizer = 0 if gpu and offload == "always" else optimizer
-    activations, cache, unknown = _estimates(config, model_config, model, half, gpu)
+    activations, cache, unknown = _estimates(config, model_config, model, half, gpu, way)
     return MemoryPlan(
         parameters=count,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        available=_free(device),
+        available=_free(device) + (0 if way is None else 4 * count),
         device=str(device),
         loading=4 * count,
         ways_out=tuple(ways_out.items()),
@@ -127,16 +134,18 @@ def state_bytes(model: Any, lora: LoraConfig, half: bool, reference: bool = Fals
 
 
 def _estimates(
-    config: TrainConfig, model_config: Any, model: Any, half: bool, gpu: bool
+    config: TrainConfig, model_config: Any, model: Any, half: bool, gpu: bool, way: Way | None
 ) -> tuple[int, int, str | None]:
     """Activations, the sampler's cache, and why there are neither: an estimate that fails must not stop a run."""
     lora, rollout, trainer = config.model.lora, config.rollout, config.trainer
     try:
         decoder = Decoder.of(model_config.get_text_config(), model)
         adapters = lora.rank * len(adaptable(model, lora)) / decoder.layers
-        tokens, gathered, predicted = largest_micro_batch(config, sum(p.numel() for p in model.parameters()), gpu)
-        recompute = config.model.gradient_checkpointing
-        activations = activation_bytes(decoder, Pass(tokens, gathered, predicted, half, recompute, adapters, gpu))
+        count = sum(p.numel() for p in model.parameters())
+        tokens, gathered, predicted, rows = largest_micro_batch(config, count, gpu, way)
+        eager = way is not None and way.attention == "eager"
+        settings = half, config.model.gradient_checkpointing, adapters, gpu, rows, eager
+        activations = activation_bytes(decoder, Pass(tokens, gathered, predicted, *settings))
         if rollout.name == "vllm":
             return activations, 0, None
         rows = min(rollout.batch_size, max(trainer.prompts_per_step * trainer.group_size, config.data.heldout))
@@ -151,17 +160,26 @@ def _estimates(
         return 0, 0, f"{type(error).__name__}: {first_line(error)}"
 
 
-def largest_micro_batch(config: TrainConfig, parameters: int, gpu: bool) -> tuple[int, int, int]:
-    """Tokens packed, tokens of its rows with a prompt each, and response tokens, where all are of full length."""
+def largest_micro_batch(
+    config: TrainConfig, parameters: int, gpu: bool, way: Way | None = None
+) -> tuple[int, int, int, int]:
+    """Its tokens, those of its rows with a prompt each, response tokens, and rows if they are padded (0: packed).
+
+    All are of full length.
+    """
     trainer, rollout = config.trainer, config.rollout
     prompt, response, group = rollout.max_prompt_tokens, rollout.max_response_tokens, trainer.group_size
     mini_batch = -(-trainer.prompts_per_step // trainer.mini_batches) * (prompt + group * response)
     if trainer.supervised.steps:
         mini_batch = max(mini_batch, trainer.supervised.batch_tokens)
     limit = trainer.max_tokens_per_micro_batch or max_tokens(parameters, torch.device("cuda" if gpu else "cpu"))
+    if way is not None and not way.packed:
+        most = -(-trainer.prompts_per_step // trainer.mini_batches) * group
+        count = 1 if way.alone else max(1, min(limit // (prompt + response), most))
+        return count * (prompt + response), count * (prompt + response), count * response, count
     tokens = max(prompt + response, min(limit, mini_batch))
     rows = tokens / (prompt / group + response) if tokens > prompt + response else 1
-    return tokens, int(rows * (prompt + response)), int(rows * response)
+    return tokens, int(rows * (prompt + response)), int(rows * response), 0
 
 
 def check_memory(plan: MemoryPlan) -> str | None:

@@ -83,14 +83,16 @@ def choose_offload(
     return "sampling", f"{held}, about {alone:,} with them in host memory, and {wanted:,} would be used"
 
 
-def check_bytes(config: Any, tokens: int, half: bool) -> int:
+def check_bytes(config: Any, tokens: int, half: bool, eager: bool) -> int:
     """What it takes to score a response of `tokens` with its prompt (rollout/check.py), beside the weights.
 
     The head's copy in bfloat16, three float32 tensors of logits at a time, and the hidden vectors of one layer, which
-    float32 norms make float32.
+    float32 norms make float32. `eager` attention has scores of any two tokens for every head: as they come, masked or
+    scaled, and what their softmax makes of them.
     """
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     head = 2 * hidden * config.vocab_size if half else 0
     logits = 3 * 4 * min(tokens, LOGITS_CHECKED) * config.vocab_size
-    return head + logits + 4 * tokens * (8 * hidden + 3 * intermediate)
+    scores = 3 * 4 * config.num_attention_heads * tokens**2 if eager else 0
+    return head + logits + scores + 4 * tokens * (8 * hidden + 3 * intermediate)

@@ -11,6 +11,7 @@ from kpo_cli.config import TrainConfig, train_config
 from kpo_cli.data.load import ProblemSets
 from kpo_cli.data.prompts import Prompt
 from kpo_cli.errors import UserError
+from kpo_cli.policy.fidelity import Way
 from kpo_cli.policy.load import (
     Policy,
     choose_device,
@@ -48,10 +49,11 @@ MOVED = ("model.path", "data.path", "trainer.eval.data_dir")
 """Where a resumed run finds what it began with, if that was moved."""
 
 
-def check_fit(config: TrainConfig, run_dir: Path | None) -> list[str]:
+def check_fit(config: TrainConfig, run_dir: Path | None, way: Way | None = None) -> list[str]:
     """Compare what the run needs with what there is, before the weights are loaded: memory, and disk in `run_dir`.
 
-    Raises UserError for what cannot fit. What cannot be estimated stops nothing, and says so.
+    Again with the `way` of a loaded policy, if that takes more than one would think. Raises UserError for what cannot
+    fit. What cannot be estimated stops nothing, and says so.
     """
     device, half = choose_device(config.model)
     with loading_errors(config.model):
@@ -62,7 +64,7 @@ def check_fit(config: TrainConfig, run_dir: Path | None) -> list[str]:
             f"values; take another architecture"
         )
     try:
-        plan = plan_memory(config, model_config, device, half)
+        plan = plan_memory(config, model_config, device, half, way)
     except Exception as error:  # loading the model will say it better, if it is more than the plan that fails
         return [f"memory: no estimate ({type(error).__name__}: {first_line(error)})"]
     warning = check_memory(plan)

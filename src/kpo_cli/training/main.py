@@ -38,6 +38,8 @@ def _start(config: TrainConfig, run_dir: Path | None, overrides: list[str]) -> N
     problems = load_problems(config.data)
     notes = check_fit(config, run_dir)
     policy = load_policy(config.model)
+    if not policy.way.packed:
+        notes = check_fit(config, run_dir, policy.way)
     config = complete(config, policy)
     display = Display(config.trainer.steps)
     job, progress, more_notes = assemble(config, objective, problems, policy, display)
@@ -62,6 +64,8 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         fit = check_fit(config, path)
         way = (checkpoint and way_of(checkpoint)) or run.manifest().get("way")  # an older kpo wrote neither
         policy = load_policy(config.model, checkpoint, way and Way.stored(way))
+        if not policy.way.packed:
+            fit = check_fit(config, path, policy.way)
         config = complete(config, policy)
         display = Display(config.trainer.steps)
         job, progress, notes = assemble(config, objective, problems, policy, display, checkpoint)
