@@ -89,10 +89,9 @@ class _Trials:
             for lengths in PROMPTS
         ]
         vocabulary = sampler.model.get_input_embeddings().num_embeddings
-        if marks := marks_of(sampler.model):  # beside what is shorter, and by itself
-            plain, other = self.batches[0][2:]
-            marked = [*plain, *marks, *other]
-            self.batches += [[marked, plain], [marked]]
+        marks = marks_of(sampler.model)  # in one prompt beside shorter ones, and in one beside another of its length
+        self.batches[0][-1][3:3] = marks
+        self.batches[-1][-1][2:7] = [*marks, *self.batches[-1][-1][2:7]][:5]
         self.sampler = sampler.changed(
             stop_ids=torch.arange(0, vocabulary, STOP_EVERY, device=sampler.model.device),
             max_response_tokens=min(TOKENS, sampler.max_response_tokens),
