@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,9 +40,7 @@ def test_help_and_version_answer_without_the_heavy_imports(argument: str, tmp_pa
         "    heavy = {'torch', 'hydra', 'omegaconf', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\n"
         "    print('heavy:', sorted(heavy), file=sys.stderr)\n"
     )
-    began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert time.perf_counter() - began < 2
     assert done.returncode == 0
     assert done.stderr == "heavy: []\n"
     assert "kpo" in done.stdout

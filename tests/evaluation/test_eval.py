@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from killed import run_apart
 from omegaconf import OmegaConf
-from small_runs import train
+from small_runs import train, weights
 
 from kpo_cli.cli.compose import conf_dir
 from kpo_cli.errors import UserError
 from kpo_cli.evaluation import main
 from kpo_cli.evaluation.main import run
+from kpo_cli.policy import fidelity
+from kpo_cli.policy.fidelity import Way
 from kpo_cli.rollout import HFSampler
 from kpo_cli.rollout.hf import nucleus
 from kpo_cli.rollout.trial import PROMPTS
@@ -93,6 +96,37 @@ def test_a_run_is_its_newest_checkpoint_and_is_compared_with_another(trained, tm
     given = evaluate(tmp_path / "f", f"checkpoint='{trained}'", "chat_template=none", "system_prompt=hello")
     assert given["settings"]["checkpoint"]["system_prompt"] == "hello"
     assert given["settings"]["checkpoint"]["chat_template"] == "none"
+
+
+SLOW = {"padded": Way("sdpa"), "eager": Way("eager"), "alone": Way("eager", alone=True)}
+DEMONSTRATED = [
+    *("trainer.steps=1", "trainer.supervised.steps=1", "trainer.supervised.batch_tokens=200", "trainer.threads=1"),
+    *("data=long_arithmetic", "data.operators=3", "data.max_operators=4", "data.limit=16", "data.heldout=2"),
+    *("trainer.prompts_per_step=2", "rollout.max_prompt_tokens=16", "rollout.max_response_tokens=40"),
+]
+
+
+@pytest.fixture(scope="module")
+def packed_run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("packed") / "run", *DEMONSTRATED)
+
+
+@pytest.mark.parametrize("slow", SLOW)
+def test_every_way_trains_from_demonstrations_on_to_the_same_weights(slow, packed_run, tmp_path, monkeypatch, capsys):
+    """And is evaluated beside the packed one."""
+    monkeypatch.setattr(fidelity, "_ways", lambda model, own, before: iter([replace(SLOW[slow], experts=own.experts)]))
+    train(tmp_path / "run", *DEMONSTRATED)
+    assert "forward passes are padded, not packed" in capsys.readouterr().out
+    found, expected = weights(tmp_path / "run", 1), weights(packed_run, 1)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
+    results = evaluate(tmp_path / "e", f"checkpoint='{tmp_path / 'run'}'", f"vs='{packed_run}'", "eval.n=1")
+    assert results["benchmarks"]["arithmetic"]["comparison"]["difference"]["value"] == 0
+    texts = {
+        role: [row["response"] for row in rows(tmp_path / "e") if row["subject"] == role]
+        for role in ("checkpoint", "vs")
+    }
+    assert texts["checkpoint"] == texts["vs"]
 
 
 def test_a_checkpoint_directory_and_its_run_are_the_same(trained, tmp_path):

@@ -11,9 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from small_runs import model_config, raw_config, resume, train
+from small_runs import model_config, raw_config, resume, rewrite_state, train
 from test_scorer import ragged_batch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    XLMConfig,
+    XLMWithLMHeadModel,
+)
 from transformers.integrations import moe
 from transformers.models.llama import modeling_llama
 
@@ -22,6 +29,7 @@ from kpo_cli.policy.fidelity import TOLERANCE, Way, choose_way
 from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.scorer import Scorer
+from kpo_cli.runs.checkpoints import progress_of
 from kpo_cli.runs.ratios import read_ratios
 from kpo_cli.training.main import run
 
@@ -263,6 +271,35 @@ def test_a_model_that_is_never_itself_is_refused():
     assert "\n" not in str(raised.value)
 
 
+class CountsAhead(LlamaForCausalLM):
+    """A stand-in for a model that asks a text how many of its tokens are padding, where it is told no mask."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        out = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is None:
+            padding = (input_ids == self.config.pad_index).sum(-1)
+            for row, count in enumerate(padding.tolist()):
+                out.logits[row, out.logits.shape[1] - count :] = 0.0
+        return out
+
+
+@pytest.mark.parametrize("kind", [XLMWithLMHeadModel, CountsAhead])
+def test_a_model_that_counts_its_padding_ahead_is_refused(kind):
+    """The last tokens of a text are another's as soon as it holds some padding: no log-probability is its own."""
+    torch.manual_seed(0)
+    if kind is CountsAhead:
+        model = CountsAhead(LlamaConfig(**HEADS))
+        model.config.pad_index = 77
+    else:
+        model = kind(XLMConfig(vocab_size=258, emb_dim=32, n_layers=2, n_heads=4, causal=True, pad_index=77))
+    with pytest.raises(UserError, match=r"has no way .* eager attention, one row at a time: log-prob"):
+        choose_way(model.eval())
+
+
+def test_a_frozen_model_has_a_way_too():
+    assert choose_way(llama().requires_grad_(False)).packed
+
+
 def test_weights_that_are_no_numbers_are_refused():
     model = llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
@@ -345,21 +382,30 @@ def test_a_run_that_goes_on_keeps_its_way_near_the_tolerance(size, packed):
     assert padded.unpacked_because == "as before"
 
 
-def test_a_resumed_run_goes_the_way_of_its_manifest(tmp_path, capsys):
+def test_a_resumed_run_goes_the_way_of_its_last_step(tmp_path, capsys):
     run_dir = train(tmp_path / "run", "trainer.steps=1")
     manifest = json.loads((run_dir / "manifest.json").read_text())
     assert Way.stored(manifest["way"]).packed
     assert "padded" not in capsys.readouterr().out
-    manifest["way"] |= {"attention": "eager", "packed": False}
-    (run_dir / "manifest.json").write_text(json.dumps(manifest))
+    slower = manifest["way"] | {"attention": "eager", "packed": False}
+    rewrite_state(run_dir / "checkpoints/step-000001", way=slower)  # as if it had to be taken on the way
+    for last in (2, 3):
+        resume(run_dir, f"trainer.steps={last}")
+        out = capsys.readouterr().out
+        assert "attention is eager, not sdpa (as before)" in out
+        assert "padded, not packed (as before)" in out
+        assert progress_of(run_dir / f"checkpoints/step-00000{last}").way == slower
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_run_of_an_older_kpo_goes_the_way_of_its_manifest_if_that_tells(told, tmp_path, capsys):
+    run_dir = train(tmp_path / "run", "trainer.steps=1")
+    rewrite_state(run_dir / "checkpoints/step-000001", way=None)
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    way = manifest.pop("way") | {"attention": "eager", "packed": False}
+    (run_dir / "manifest.json").write_text(json.dumps(manifest | ({"way": way} if told else {})))
     resume(run_dir, "trainer.steps=2")
-    out = capsys.readouterr().out
-    assert "attention is eager, not sdpa (as before)" in out
-    assert "padded, not packed (as before)" in out
-    del manifest["way"]  # as an older kpo wrote it
-    (run_dir / "manifest.json").write_text(json.dumps(manifest))
-    resume(run_dir, "trainer.steps=3")
-    assert "padded" not in capsys.readouterr().out
+    assert ("padded, not packed (as before)" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf])

@@ -11,12 +11,15 @@ from conftest import REPOSITORY, compose
 from transformers import AutoModelForCausalLM
 
 from kpo_cli.config import LoraConfig, train_config
+from kpo_cli.core import load_objective
 from kpo_cli.errors import UserError
 from kpo_cli.policy import memory
-from kpo_cli.policy.activations import Decoder, NoEstimate, cache_bytes
+from kpo_cli.policy.activations import Decoder, NoEstimate, Pass, activation_bytes, cache_bytes
+from kpo_cli.policy.fidelity import Way
 from kpo_cli.policy.load import load_policy
 from kpo_cli.policy.memory import GIB, MemoryPlan, check_memory, largest_micro_batch, plan_memory
-from kpo_cli.policy.scorer import pack
+from kpo_cli.policy.recompute import recompute_layers
+from kpo_cli.policy.scorer import Scorer, pack
 from kpo_cli.rollout import hf, running
 from kpo_cli.training import check
 
@@ -59,10 +62,62 @@ def test_the_plan_is_what_fake_tensors_count(shape, vocabulary, half, recomputed
     assert beside[0] == pytest.approx(beside[1], rel=0.15)  # the estimate alone
 
 
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "max_position_embeddings": 512}
+SHAPES = {
+    "scores": ("Llama", {"vocab_size": 32, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}),
+    "logits": ("Granite", {"vocab_size": 2000, "num_attention_heads": 4, "num_key_value_heads": 4}),
+    "capped": ("Gemma2", {"vocab_size": 500, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}),
+}
+
+
+def counted_peak(model, batch, half):
+    """Of a pass of padded rows with real tensors, beside weights and gradients."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with counting.Peak() as peak:
+        counting._pass(Scorer(model, 1.0, half), load_objective("grpo"), batch)
+    return peak.most
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("half", "recompute"), [(False, False), (True, False), (False, True)])
+def test_padded_rows_take_what_is_counted(shape, attention, half, recompute):
+    family, sizes = SHAPES[shape]
+    config = getattr(transformers, f"{family}Config")(**SMALL | sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    if recompute:
+        recompute_layers(model)
+    rows, prompt, response = 4, 64, 192
+    sizes = rows * (prompt + response), rows * (prompt + response), rows * response
+    settings = {"adapters": 0, "on_gpu": False, "rows": rows, "eager": attention == "eager"}
+    planned = activation_bytes(Decoder.of(config, model), Pass(*sizes, half, recompute, **settings))
+    copies = sum(2 * p.numel() for p in model.parameters()) if half else 0  # autocast's, which are weights in the plan
+    found = counted_peak(model, counting.rows_of(1, rows, prompt, response), half)
+    assert planned + copies == pytest.approx(found, rel=0.15)
+
+
+def test_the_plan_of_a_slow_way_has_its_rows():
+    sizes = ["trainer.prompts_per_step=8", "trainer.group_size=4", "trainer.mini_batches=4"]
+    config = config_of(*sizes, "rollout.max_prompt_tokens=30", "rollout.max_response_tokens=100")
+    padded, eager, alone = Way("sdpa"), Way("eager"), Way("eager", alone=True)
+    assert largest_micro_batch(config, 10**9, True, padded) == (8 * 130, 8 * 130, 8 * 100, 8)
+    assert largest_micro_batch(config, 10**9, True, alone) == (130, 130, 100, 1)
+    limited = config_of(*sizes, "rollout.max_response_tokens=100", "trainer.max_tokens_per_micro_batch=600")
+    assert largest_micro_batch(limited, 10**9, True, padded)[3] == 600 // (limited.rollout.max_prompt_tokens + 100)
+    plans = [plan_memory(config, plain_decoder(), CPU, False, way) for way in (None, padded, eager, alone)]
+    assert [plan.unknown for plan in plans] == [None] * 4
+    packed, padded, eager, alone = (plan.activations for plan in plans)
+    assert eager - padded == pytest.approx(
+        (2 + 2) * 4 * 4 * 8 * 130**2, rel=0.3
+    )  # of 2 layers and at work, bytes, heads, rows
+    assert alone < packed < padded
+
+
 def test_the_largest_micro_batch_is_one_of_full_rows():
     sizes = ["trainer.prompts_per_step=8", "trainer.group_size=4", "trainer.mini_batches=4"]
     config = config_of(*sizes, "rollout.max_prompt_tokens=30", "rollout.max_response_tokens=100")
-    tokens, gathered, predicted = largest_micro_batch(config, 10**9, gpu=True)
+    tokens, gathered, predicted, _ = largest_micro_batch(config, 10**9, gpu=True)
     packed = pack(counting.rows_of(2, 4, 30, 101), CPU)  # the last token of a response predicts nothing
     assert tokens == packed.input_ids.numel() == 2 * (30 + 4 * 100)
     assert gathered == sum(bucket.numel() for bucket in packed.packing.buckets)

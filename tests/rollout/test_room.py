@@ -1,11 +1,13 @@
 """Who gets how much of a GPU: Qwen3-4B and 0.6B by hand, and what must hold for any numbers."""
 
 import dataclasses
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import compose
+from conftest import REPOSITORY, compose
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kpo_cli.config import train_config
 from kpo_cli.policy.load import load_policy
@@ -24,6 +26,9 @@ from kpo_cli.rollout.room import (
 )
 from kpo_cli.training import sampler as samplers
 from kpo_cli.training.sampler import resolve_offload
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+from memory import Peak  # benchmarks/memory.py
 
 QWEN3_4B = SimpleNamespace(
     hidden_size=2560,
@@ -113,8 +118,22 @@ def test_auto_is_resolved_for_the_device(device, overrides, choice, monkeypatch)
 
 
 def test_a_check_of_4b_needs_little():
-    assert 12 * LOGITS_CHECKED * 151936 < check_bytes(QWEN3_4B, 1024 + FIRST_TOKENS) < 1.5 * GIB
-    assert check_bytes(QWEN3_4B, 100_000) < check_bytes(QWEN3_4B, 1024) + 100_000 * 4 * 60_000
+    assert 12 * LOGITS_CHECKED * 151936 < check_bytes(QWEN3_4B, 1024 + FIRST_TOKENS, eager=False) < 1.5 * GIB
+    assert check_bytes(QWEN3_4B, 100_000, False) < check_bytes(QWEN3_4B, 1024, False) + 100_000 * 4 * 60_000
+
+
+def test_a_check_with_eager_attention_has_its_scores():
+    """Two of the three tensors of scores are there at once in a plain softmax; a soft cap or a scale has one more."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4)
+    peaks = []
+    for attention in ("sdpa", "eager"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+        with torch.no_grad(), Peak() as peak:
+            model(torch.ones(1, 512, dtype=torch.long), use_cache=False)
+        peaks.append(peak.most)
+    need = check_bytes(config, 512, True) - check_bytes(config, 512, False)
+    assert 0.6 * need < peaks[1] - peaks[0] < need
 
 
 def test_a_check_keeps_few_logits():

@@ -93,17 +93,17 @@ def truth_of(name):
     return score
 
 
-def tried(name):
+def tried(name, tokens=range(3, 119)):
     settings = {"stop_ids": STOPS, "temperature": 0.9, "max_response_tokens": 20, "batch_size": 64}
     sampler = HFSampler(models(name)[0], **settings)
     with short_windows(models(name)[1]):  # as those of the model within the trial
-        return sampler, choose_ways(sampler, truth_of(name), [list(range(3, 119))])
+        return sampler, choose_ways(sampler, truth_of(name), [list(tokens)])
 
 
-def gap_of(name, sampler):
+def gap_of(name, sampler, batches=(PROMPTS, PROMPTS[2::2], [[33], [34]])):
     """Over other prompts and longer responses than those of the trial."""
     said, own, score = [], [], truth_of(name)
-    for prompts in (PROMPTS, PROMPTS[2::2], [[33], [34]]):
+    for prompts in batches:
         for prompt, group in zip(prompts, sampler.sample(prompts, 4, (1,)), strict=True):
             for response in group:
                 said += response.log_probs
@@ -137,6 +137,21 @@ def test_a_hybrid_that_decodes_a_little_differently_is_sampled_and_not_believed(
     gap = gap_of("nemotron_h", sampler)
     assert gap.largest > 1e-4
     assert gap.mean < 1e-2
+
+
+ROBERTA = SMALL | {"is_decoder": True, "pad_token_id": 5, "initializer_range": 0.2}
+
+
+@pytest.mark.parametrize("family", ["Roberta", "Data2VecText"])
+def test_positions_that_leave_out_padding_are_seen_though_no_prompt_holds_any(family, monkeypatch):
+    """RoBERTa and its kin count a text without its padding tokens, and behind a cache with them: a policy that samples
+    one is another model from there on. Its prompts, here of tokens from 20 on, show nothing of that."""
+    name = f"{family} with padding"
+    monkeypatch.setitem(FAMILIES, name, (family, ROBERTA))
+    sampler, found = tried(name, range(20, 119))
+    padded = [[33, 5, 34], [35, 36, 37, 5, 5]]
+    assert gap_of(name, sampler.changed(ways=Ways(shortcuts=False, padding=False)), [padded]).mean > 0.01
+    assert not found.serves or gap_of(name, sampler.changed(ways=found.ways), [padded]).largest < 2e-5
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1])

@@ -1,6 +1,8 @@
 """The sampler's log-probabilities serve as old ones only as long as they are the trainer's."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_on_policy import scorer_of, still
 from test_scorer import ragged_batch
 
 from kpo_cli.core import TruncatedImportance
-from kpo_cli.errors import RunStopped, SamplingFailed, UserError
+from kpo_cli.errors import RunInterrupted, RunStopped, SamplingFailed, UserError
 from kpo_cli.rollout import HFSampler, trial
 
 
@@ -64,6 +66,16 @@ def test_one_token_that_is_far_off_is_seen():
     assert not updater.trusted
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_later_mini_batch_is_looked_at_where_it_was_scored(recorded):
+    """As in a step whose ratios are recorded: a sampler may be off in few responses, and none of them in the first."""
+    batch, updater = batch_and_updater(0.0)
+    batch.rollout_log_probs[-1, 0] += 0.05
+    record = updater.update(batch, for_record=recorded)
+    assert record.mini_batch_index[-1] > 0
+    assert updater.trusted != recorded
+
+
 @pytest.mark.parametrize("noise", [0.2, float("nan")])
 def test_a_gross_gap_stops_with_the_weights_as_they_were(noise):
     batch, updater = batch_and_updater(noise)
@@ -105,7 +117,42 @@ def test_a_run_goes_on_without_them_and_so_does_what_resumes_it(tmp_path, monkey
     state = tmp_path / "run/checkpoints/step-000004/trainer/state.json"
     assert json.loads(state.read_text())["distrusted"] is True
     resume(tmp_path / "run", "trainer.steps=5")  # with a sampler that is right again
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "sampler's log-probabilities" in line]
+    assert line.startswith("warning:")
+    assert "as an earlier step saw: old ones are the trainer's" in line
     assert metrics(tmp_path / "run")[-1]["sampler_distrusted"] == 1
+
+
+def ended_in_step(monkeypatch, number):
+    """A stand-in for whoever sends SIGTERM while a step is sampled."""
+    sample = HFSampler.sample
+
+    def ended(self, prompts, samples, seed, **options):
+        if len(seed) > 2 and tuple(seed[1:3]) == (1, number):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(self, prompts, samples, seed, **options)
+
+    monkeypatch.setattr(HFSampler, "sample", ended)
+
+
+def test_a_signal_in_the_step_in_which_a_gap_appears_loses_neither(tmp_path, monkeypatch, capsys):
+    off_from_step(monkeypatch, 2, 1e-3)
+    ended_in_step(monkeypatch, 2)
+    with pytest.raises(RunInterrupted, match="stopped after step 2; go on with"):
+        train(tmp_path / "run", *RUN)
+    assert "step 2: the sampler's log-probabilities differ" in capsys.readouterr().out
+    assert metrics(tmp_path / "run")[-1]["sampler_distrusted"] == 1
+    resume(tmp_path / "run", "trainer.steps=3")
+    assert "as an earlier step saw" in capsys.readouterr().out
+    assert metrics(tmp_path / "run")[-1]["sampler_distrusted"] == 1
+
+
+def test_a_signal_in_the_step_in_which_a_gross_gap_appears_saves_the_step_before(tmp_path, monkeypatch):
+    off_from_step(monkeypatch, 2, 0.5)
+    ended_in_step(monkeypatch, 2)
+    with pytest.raises(RunStopped, match=r"step 2: the sampler does not sample the policy.*is saved, go on with"):
+        train(tmp_path / "run", *RUN)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_a_run_whose_sampler_goes_astray_stops_with_the_last_whole_step(tmp_path, monkeypatch):

@@ -255,11 +255,12 @@ def _engine(
         return
     prompts = [prompt.token_ids for benchmark in benchmarks for prompt in item.prompts[benchmark.name]]
     longest, gpu = max(map(len, prompts)), item.policy.model.device.type == "cuda"
+    eager = item.policy.way.attention == "eager"
     engine = VLLMEngine(
         item.policy,
         max_length=longest + config.eval.longest,
         options=config.eval.engine or {},
-        reserved=check_bytes(item.policy.model.config.get_text_config(), longest + FIRST_TOKENS),
+        reserved=check_bytes(item.policy.model.config.get_text_config(), longest + FIRST_TOKENS, eager),
         float32_logits=gpu,  # as in training, whose policy this is
     )
     for note in engine.notes:

@@ -9,6 +9,9 @@ from typing import Any
 from kpo_cli.core.log_probs import chunk_of
 from kpo_cli.policy.lora import linear_layers
 
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+"""What configurations call them."""
+
 
 class NoEstimate(Exception):
     """Why activations and cache of a model are not estimated. Weights, gradients and optimizer are counted anyway."""
@@ -22,6 +25,8 @@ class Decoder:
     hidden: int
     queries: int
     """Heads times head size."""
+    heads: int
+    """Of queries."""
     keys: int
     """Key-value heads times head size; as many of values."""
     intermediate: int
@@ -36,6 +41,8 @@ class Decoder:
     """Weights of all layers' products."""
     tied: bool
     """The head is the embedding."""
+    capped: tuple[bool, bool]
+    """Soft caps on the scores of attention, and on the logits: each keeps its tanh."""
 
     @classmethod
     def of(cls, config: Any, model: Any) -> "Decoder":
@@ -63,13 +70,14 @@ class Decoder:
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         vocabulary, norms = size("vocab_size"), max(0, len(wide) - 1) // layers
         return cls(
-            layers, hidden, queries, keys, intermediate, vocabulary, norms, head_norms, kinds[linear], linear, tied
+            *(layers, hidden, queries, heads, keys, intermediate, vocabulary, norms, head_norms, kinds[linear]),
+            *(linear, tied, (bool(getattr(config, CAPS[0], None)), bool(getattr(config, CAPS[1], None)))),
         )
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A packed micro-batch, forward and backward, in 16 bits (`half`) or in float32."""
+    """A micro-batch, forward and backward, in 16 bits (`half`) or in float32."""
 
     tokens: int
     gathered: int
@@ -82,6 +90,15 @@ class Pass:
     adapters: float
     """Ranks of all adapters of a layer together; 0: every weight trains."""
     on_gpu: bool
+    rows: int = 0
+    """All of one length, where they are padded; 0: packed."""
+    eager: bool = False
+    """Attention holds its scores."""
+
+    @property
+    def scores(self) -> int:
+        """Of one head in one layer, of all rows: a number for any two tokens of a row."""
+        return self.tokens * self.tokens // self.rows if self.eager else 0
 
 
 def activation_bytes(model: Decoder, batch: Pass) -> int:
@@ -100,8 +117,10 @@ def activation_bytes(model: Decoder, batch: Pass) -> int:
     kept = batch.recomputed * hidden + whole * layer + (4 + width * trained) * batch.tokens * model.hidden  # last norm
     states = width * batch.predicted * model.hidden  # those that predict a token
     forward, backward = _head_bytes(model, batch)
-    # In an MLP's backward pass three gradients of its width are there and one activation has gone.
-    working = hidden + 2 * width * batch.tokens * model.intermediate + (0 if whole else layer)
+    # In an MLP's backward pass three gradients of its width are there and one activation has gone; in that of eager
+    # attention there are those of the scores, before and behind their softmax.
+    working = hidden + 2 * width * batch.tokens * model.intermediate
+    working = max(working, (6 if batch.half else 8) * model.heads * batch.scores) + (0 if whole else layer)
     # The gradient of the head's weight waits for that of the embedding, which comes last, if they are one.
     waiting = width * square if trained and (model.tied or batch.half) else 0
     around = 0
@@ -128,7 +147,9 @@ def _layer_bytes(model: Decoder, batch: Pass) -> int:
     """What a decoder layer keeps for its backward pass, of all tokens.
 
     Products that read the same tensor share it. A norm keeps its input, in float32 in any case, and, for the gradient
-    of its weight, what it makes of it. Attention keeps queries, keys, values and its output.
+    of its weight, what it makes of it. Attention keeps queries, keys, values and its output; if eager, the scores
+    behind their softmax, in 16 bits in float32 as well. In padded rows keys and values are repeated for each head of
+    queries.
     """
     hidden, queries, keys, intermediate = model.hidden, model.queries, model.keys, model.intermediate
     trained = batch.adapters == 0
@@ -139,17 +160,26 @@ def _layer_bytes(model: Decoder, batch: Pass) -> int:
         kept += (4 + width * trained) * (queries + keys)
     kept += width * queries  # read by the output projection
     kept += (4 if model.gated else 2) * width * intermediate  # gate, its activation, the other half, their product
-    attention = width * (2 * queries + 2 * keys)
+    attention = width * (2 * queries + 2 * (queries if batch.rows else keys))
     if not batch.half:  # in 16 bits there is no product with A to keep
         kept += int(width * batch.adapters)
-    return batch.tokens * kept + batch.gathered * attention
+    score = (6 if batch.half else 4) + width * model.capped[0]
+    return batch.tokens * kept + batch.gathered * attention + score * model.heads * batch.scores
 
 
 def _head_bytes(model: Decoder, batch: Pass) -> tuple[int, int]:
-    """Forward and backward, beside what is kept: a chunk of logits as it is worked on, and whole matrices."""
+    """Forward and backward, beside what is kept: logits as they are worked on, and whole matrices.
+
+    Where rows are packed that is a chunk of the logits, else all of them: as they come, chosen, their logarithms of
+    probabilities, and three more for the entropy.
+    """
     square = model.vocabulary * model.hidden
     block = min(batch.predicted, chunk_of(model.vocabulary, batch.on_gpu)) * model.vocabulary
-    if batch.half:  # a CPU rounds the logits and then widens them, and widens their gradient again
+    if batch.rows:
+        block = batch.predicted * model.vocabulary
+        capped = (2 if batch.half else 4) * model.capped[1]
+        forward, backward = (20 + capped, 14 + capped) if batch.half else (24 + capped, 16 + capped)
+    elif batch.half:  # a CPU rounds the logits and then widens them, and widens their gradient again
         forward, backward = (8, 6) if batch.on_gpu else (10, 10)
     else:
         forward, backward = 8, 4

@@ -33,6 +33,8 @@ PROBE_WINDOW = 4
 """Of rows of 7 to 12 tokens."""
 SMALL = 5_000_000
 """Parameters of a model that is copied, to be tried with other weights besides its own."""
+MARKED = ("_token_id", "_index", "_idx")
+"""What a configuration calls a token ends so."""
 PLAIN_MARKS = ("bos", "eos", "sep", "decoder")
 """Tokens that every configuration of transformers may name."""
 BOTTOM = 8
@@ -165,13 +167,7 @@ class _Trial:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        vocabulary = model.config.get_text_config().vocab_size
-        self.batch = _probe(vocabulary)
-        if marks := _marks(model.config, vocabulary):
-            marked = _probe(vocabulary, marks)
-            with suppress(Exception):  # some insist on the image that a mark stands for
-                plain_log_probs(model, marked)
-                self.batch = marked
+        self.batch = _probe(model.config.get_text_config().vocab_size, marks_of(model))
         self.wide_truth: Tensor | None = None
         self.lacking: str | None = None
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -234,7 +230,11 @@ class _Trial:
         return float(gaps.nan_to_num(torch.inf).max())
 
     def _backward(self, total: Tensor) -> None:
-        """To the small ones of the lowest parameters, so that little is held; to all, where none has a part in it."""
+        """To the small ones of the lowest parameters, so that little is held; to all, where none has a part in it.
+
+        A frozen model has none."""
+        if not self.lowest:
+            return
         few = torch.autograd.grad(total, self.lowest[: BOTTOM // 2], allow_unused=True, retain_graph=True)
         if all(gradient is None for gradient in few):
             torch.autograd.grad(total, self.lowest, allow_unused=True)
@@ -372,22 +372,35 @@ def short_windows(model: Any) -> Iterator[None]:
             setattr(holder, name, window)
 
 
-def _marks(config: Any, vocabulary: int) -> list[int]:
+@torch.no_grad()
+def marks_of(model: Any) -> list[int]:
     """Tokens that a model may treat in a way of its own: Gemma 4 embeds those that stand for an image as padding,
-    outside of its decoder; RoBERTa counts positions without those of padding."""
-    named = ((name, value) for name, value in config.to_dict().items() if name.endswith(("_token_id", "_token_index")))
+    outside of its decoder; RoBERTa counts positions without those of padding, and XLM a text's length.
+
+    None, where it cannot read them in a text: some insist on the image that a mark stands for.
+    """
+    config, rows = model.config, model.config.get_text_config().vocab_size
+    named = ((name, value) for name, value in config.to_dict().items() if name.endswith(MARKED))
     marks = {value for name, value in named if isinstance(value, int) and name.split("_")[0] not in PLAIN_MARKS}
-    return sorted(mark for mark in marks if 0 <= mark < vocabulary)
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    marks |= {table.padding_idx for table in tables if table.padding_idx is not None and table.num_embeddings == rows}
+    found = sorted(mark for mark in marks if 0 <= mark < rows)
+    try:
+        type(model).forward(model, input_ids=torch.tensor([[0, *found, 0]], device=model.device), use_cache=False)
+    except Exception:  # a stranger's model code may raise anything
+        return []
+    return found
 
 
 def _probe(vocabulary: int, marks: Sequence[int] = ()) -> Batch:
-    """Two prompts with two responses each, of different lengths, of tokens spread over the vocabulary, and `marks`."""
+    """Two prompts with two responses each, of different lengths, of tokens spread over the vocabulary, and `marks`
+    twice: what looks ahead for them is seen in front of one."""
     draw = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
         return torch.randint(vocabulary, (count,), generator=draw).tolist()
 
     drawn = [[tokens(count) for count in counts] for counts in ((4, 9), (7, 2))]
-    drawn[0][1][2:2] = marks
+    drawn[0][1][2:2] = [*marks, *marks]
     groups = [[Response(ids, [0.0] * len(ids), True) for ids in group] for group in drawn]
     return make_batch([tokens(3), tokens(5)], groups, torch.zeros(4), torch.zeros(4))

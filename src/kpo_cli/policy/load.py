@@ -132,7 +132,7 @@ def load_policy(config: ModelConfig, weights: Path | None = None, before: Way | 
     fit, or there is no way to compute what it is.
     """
     from huggingface_hub.utils import logging as hub_logging
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for every load and save would tear ours apart
@@ -142,8 +142,7 @@ def load_policy(config: ModelConfig, weights: Path | None = None, before: Way | 
     path = model_source(config)
     source = path if weights is None or config.lora.rank else str(weights)
     with loading_errors(config):
-        # First: AutoTokenizer stumbles over an unknown model type.
-        _check_kernels(AutoConfig.from_pretrained(base_of(source), trust_remote_code=False))
+        _config_of(source)  # first: AutoTokenizer stumbles over an unknown model type
         has_tokenizer = (Path(source) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(source if has_tokenizer else base_of(source), trust_remote_code=False)
         if config.architecture is not None and weights is None:
@@ -190,12 +189,23 @@ def _pretrained(source: str) -> tuple[Any, dict[str, Any]]:
 
     base = adapter_base(source)
     if base is None:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
+        settings = {"config": _config_of(source), "dtype": torch.float32, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **settings)
         return loaded
     model, loading = _pretrained(base)
     return with_merged_adapters(model, Path(source)), loading
+
+
+def _config_of(source: str) -> Any:
+    """A model's configuration, without what its file says of how to compute: that is found out (fidelity.py), and what
+    one machine had, as flash attention, another has not."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base_of(source), trust_remote_code=False)
+    _check_kernels(config)
+    config._attn_implementation = "eager" if config.output_attentions else None
+    config._experts_implementation = None
+    return config
 
 
 def _check_kernels(config: Any) -> None:
@@ -274,13 +284,11 @@ def random_model(architecture: Architecture) -> Any:
 
 def transformers_config(config: ModelConfig) -> Any:
     """The model's configuration in transformers, without its weights."""
-    from transformers import AutoConfig
-
     from kpo_cli.builtin.warmup import architecture_config
 
     if config.architecture is not None:
         return architecture_config(config.architecture)
-    return AutoConfig.from_pretrained(base_of(model_source(config)), trust_remote_code=False)
+    return _config_of(model_source(config))
 
 
 def choose_device(config: ModelConfig) -> tuple[torch.device, str]:

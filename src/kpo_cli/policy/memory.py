@@ -11,6 +11,7 @@ import torch
 from kpo_cli.config import LoraConfig, TrainConfig
 from kpo_cli.errors import UserError
 from kpo_cli.policy.activations import Decoder, NoEstimate, Pass, activation_bytes, cache_bytes
+from kpo_cli.policy.fidelity import Way
 from kpo_cli.policy.load import SMALL_MODEL
 from kpo_cli.policy.lora import adaptable
 from kpo_cli.runs.directory import first_line
@@ -85,8 +86,14 @@ def max_tokens(parameters: int, device: torch.device) -> int:
     return 2_048 if parameters < SMALL_MODEL else 4_096
 
 
-def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, half: bool) -> MemoryPlan:
-    """Count the parameters of a model by its transformers config, without loading it. `half`: computed in 16 bits."""
+def plan_memory(
+    config: TrainConfig, model_config: Any, device: torch.device, half: bool, way: Way | None = None
+) -> MemoryPlan:
+    """Count the parameters of a model by its transformers config. `half`: computed in 16 bits.
+
+    Without a `way` it is not loaded yet, and will be packed for all that one knows; with it its weights are on the
+    device.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -100,9 +107,9 @@ def plan_memory(config: TrainConfig, model_config: Any, device: torch.device, ha
     if gpu and offload != "always":
         ways_out["trainer.offload_optimizer=always"] = max(weights + gradients, 4 * count)
     optimizer = 0 if gpu and offload == "always" else optimizer
-    available, loading = _free(device), 4 * count
+    available, loading = _free(device) + (0 if way is None else 4 * count), 4 * count
     room = FILLED * available - max(weights + gradients + optimizer, loading)
-    activations, cache, recomputed, unknown = _estimates(config, model_config, model, half, gpu, room)
+    activations, cache, recomputed, unknown = _estimates(config, model_config, model, half, gpu, room, way)
     return MemoryPlan(
         parameters=count,
         weights=weights,
@@ -134,7 +141,7 @@ def state_bytes(model: Any, lora: LoraConfig, half: bool, reference: bool = Fals
 
 
 def _estimates(
-    config: TrainConfig, model_config: Any, model: Any, half: bool, gpu: bool, room: float
+    config: TrainConfig, model_config: Any, model: Any, half: bool, gpu: bool, room: float, way: Way | None
 ) -> tuple[int, int, tuple[int, int], str | None]:
     """Activations, the sampler's cache, how many layers of all are recomputed so that activations fit into `room`, and
     why there are no estimates: one that fails must not stop a run."""
@@ -143,10 +150,12 @@ def _estimates(
         decoder = Decoder.of(model_config.get_text_config(), model)
         adapters = lora.rank * len(adaptable(model, lora)) / decoder.layers
         count = sum(p.numel() for p in model.parameters())
-        tokens, gathered, predicted = largest_micro_batch(config, count, gpu)
+        tokens, gathered, predicted, rows = largest_micro_batch(config, count, gpu, way)
+        eager = way is not None and way.attention == "eager"
 
         def needed(recomputed: int) -> int:
-            return activation_bytes(decoder, Pass(tokens, gathered, predicted, half, recomputed, adapters, gpu))
+            sizes = Pass(tokens, gathered, predicted, half, recomputed, adapters, gpu, rows, eager)
+            return activation_bytes(decoder, sizes)
 
         recomputed = _recomputed(config.model.gradient_checkpointing, decoder.layers, needed, room)
         activations, shown = needed(recomputed), (recomputed, decoder.layers)
@@ -172,17 +181,26 @@ def _recomputed(setting: bool | int | str, layers: int, needed: Callable[[int], 
     return layers if setting is True else min(int(setting), layers)
 
 
-def largest_micro_batch(config: TrainConfig, parameters: int, gpu: bool) -> tuple[int, int, int]:
-    """Tokens packed, tokens of its rows with a prompt each, and response tokens, where all are of full length."""
+def largest_micro_batch(
+    config: TrainConfig, parameters: int, gpu: bool, way: Way | None = None
+) -> tuple[int, int, int, int]:
+    """Its tokens, those of its rows with a prompt each, response tokens, and rows if they are padded (0: packed).
+
+    All are of full length.
+    """
     trainer, rollout = config.trainer, config.rollout
     prompt, response, group = rollout.max_prompt_tokens, rollout.max_response_tokens, trainer.group_size
     mini_batch = -(-trainer.prompts_per_step // trainer.mini_batches) * (prompt + group * response)
     if trainer.supervised.steps:
         mini_batch = max(mini_batch, trainer.supervised.batch_tokens)
     limit = trainer.max_tokens_per_micro_batch or max_tokens(parameters, torch.device("cuda" if gpu else "cpu"))
+    if way is not None and not way.packed:
+        most = -(-trainer.prompts_per_step // trainer.mini_batches) * group
+        count = 1 if way.alone else max(1, min(limit // (prompt + response), most))
+        return count * (prompt + response), count * (prompt + response), count * response, count
     tokens = max(prompt + response, min(limit, mini_batch))
     rows = tokens / (prompt / group + response) if tokens > prompt + response else 1
-    return tokens, int(rows * (prompt + response)), int(rows * response)
+    return tokens, int(rows * (prompt + response)), int(rows * response), 0
 
 
 def check_memory(plan: MemoryPlan) -> str | None:

@@ -83,12 +83,15 @@ def choose_offload(
     return "sampling", f"{held}, about {alone:,} with them in host memory, and {wanted:,} would be used"
 
 
-def check_bytes(config: Any, tokens: int) -> int:
+def check_bytes(config: Any, tokens: int, eager: bool) -> int:
     """What it takes to score a response of `tokens` with its prompt (rollout/check.py), beside the weights.
 
-    Three float32 tensors of logits at a time, and the hidden vectors of one layer, in float32 if in any type.
+    Three float32 tensors of logits at a time, and the hidden vectors of one layer, in float32 if in any type. `eager`
+    attention has scores of any two tokens for every head: as they come, masked or scaled, and what their softmax makes
+    of them.
     """
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     logits = 3 * 4 * min(tokens, LOGITS_CHECKED) * config.vocab_size
-    return logits + 4 * tokens * (8 * hidden + 3 * intermediate)
+    scores = 3 * 4 * config.num_attention_heads * tokens**2 if eager else 0
+    return logits + scores + 4 * tokens * (8 * hidden + 3 * intermediate)

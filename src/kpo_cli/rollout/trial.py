@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kpo_cli.errors import UserError
-from kpo_cli.policy.fidelity import WideSoftmax, in_float64, short_windows
+from kpo_cli.policy.fidelity import WideSoftmax, in_float64, marks_of, short_windows
 from kpo_cli.rollout.check import CLOSE, GROSS, SERVES, Gap, Score
 from kpo_cli.rollout.hf import HFSampler
 from kpo_cli.rollout.ways import CACHED, REREADING, Ways
@@ -82,6 +82,9 @@ class _Trials:
             for lengths in PROMPTS
         ]
         vocabulary = sampler.model.get_input_embeddings().num_embeddings
+        marks = marks_of(sampler.model)  # in one prompt beside shorter ones, and in one beside another of its length
+        self.batches[0][-1][3:3] = marks
+        self.batches[-1][-1][2:7] = [*marks, *self.batches[-1][-1][2:7]][:5]
         self.sampler = sampler.changed(
             stop_ids=torch.arange(0, vocabulary, STOP_EVERY, device=sampler.model.device),
             max_response_tokens=min(TOKENS, sampler.max_response_tokens),

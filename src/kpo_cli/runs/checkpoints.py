@@ -51,6 +51,9 @@ class Progress:
     """The sampler's log-probabilities were seen not to be the trainer's: they do not serve as old ones."""
     ways: dict[str, bool] | None = None
     """How the training weights themselves are sampled from (rollout/ways.py); None where an engine samples."""
+    way: dict[str, Any] | None = None
+    """How log-probabilities are computed (policy/fidelity.py): a run that goes on stays with the last one, which may
+    be another than its manifest begins with."""
 
     @property
     def label(self) -> str:

@@ -88,6 +88,7 @@ def assemble(
     reserved = reserved_bytes(config, policy.model, updater.optimizer)
     made = make_sampler(config, policy, scorer, ids, workers, display.sampled, reserved, trial)
     progress.ways = None if trial is None else dataclasses.asdict(trial.ways)
+    progress.way = policy.way.facts()
     updater.watched = made.check is None
     updater.sampler_log_probs = updater.watched and trainer.old_log_probs == "auto"
     if updater.watched and not made.serves:
@@ -98,7 +99,7 @@ def assemble(
         *(config, policy, made.sampler, made.check, updater, demonstrations),
         *(train_prompts, heldout, benchmarks, builder.templated),
     )
-    notes = [*policy.way.notes, *_padding(policy), *offload_notes, *made.notes]
+    notes = [*policy.way.notes, *_padding(policy), *offload_notes, *made.notes, *_distrust(updater, made.serves)]
     notes += notes_of(job, problems, dropped + heldout_dropped)
     return job, progress, [*notes, *prompt_notes, *benchmark_notes]
 
@@ -123,6 +124,14 @@ def _benchmarks(
         if shared := shared_problems((problem.problem for problem in problems.train), held):
             notes.append(f"warning: {shared} training problems stand in the benchmark {benchmark.name} of trainer.eval")
     return benchmarks, notes
+
+
+def _distrust(updater: Updater, serves: bool) -> list[str]:
+    """A line where a sampler of the training weights is not believed, though it may serve for all that is seen now."""
+    if updater.trusted or not updater.watched:
+        return []
+    seen = ", as an earlier step saw" if serves else ""
+    return [f"warning: the sampler's log-probabilities differ from the trainer's{seen}: old ones are the trainer's"]
 
 
 def _beginning(config: TrainConfig) -> Progress:

@@ -12,6 +12,7 @@ from kpo_cli.config import TrainConfig, train_config
 from kpo_cli.data.load import ProblemSets
 from kpo_cli.data.prompts import Prompt
 from kpo_cli.errors import UserError
+from kpo_cli.policy.fidelity import Way
 from kpo_cli.policy.load import (
     Policy,
     choose_device,
@@ -49,12 +50,12 @@ MOVED = ("model.path", "data.path", "trainer.eval.data_dir")
 """Where a resumed run finds what it began with, if that was moved."""
 
 
-def check_fit(config: TrainConfig, run_dir: Path | None) -> tuple[TrainConfig, list[str]]:
+def check_fit(config: TrainConfig, run_dir: Path | None, way: Way | None = None) -> tuple[TrainConfig, list[str]]:
     """Compare what the run needs with what there is, before the weights are loaded: memory, and disk in `run_dir`.
 
-    Returns the configuration with model.gradient_checkpointing=auto resolved by that, so that the stored one names the
-    number of layers, and lines. Raises UserError for what cannot fit. What cannot be estimated stops nothing, and says
-    so.
+    Again with the `way` of a loaded policy, if that takes more than one would think. Returns the configuration with
+    model.gradient_checkpointing=auto resolved by that, so that the stored one names the number of layers, and lines.
+    Raises UserError for what cannot fit. What cannot be estimated stops nothing, and says so.
     """
     device, dtype = choose_device(config.model)
     with loading_errors(config.model):
@@ -65,7 +66,7 @@ def check_fit(config: TrainConfig, run_dir: Path | None) -> tuple[TrainConfig, l
             f"values; take another architecture"
         )
     try:
-        plan = plan_memory(config, model_config, device, dtype != "float32")
+        plan = plan_memory(config, model_config, device, dtype != "float32", way)
     except Exception as error:  # loading the model will say it better, if it is more than the plan that fails
         return config, [f"memory: no estimate ({type(error).__name__}: {first_line(error)})"]
     if config.model.gradient_checkpointing == "auto" and not plan.unknown:

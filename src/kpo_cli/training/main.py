@@ -8,8 +8,9 @@ from kpo_cli.config import TrainConfig, as_dict, data_label, model_label, train_
 from kpo_cli.data.load import load_problems
 from kpo_cli.errors import RunInterrupted, UserError
 from kpo_cli.policy.fidelity import Way
-from kpo_cli.policy.load import load_policy
-from kpo_cli.runs.checkpoints import Progress, resumable_checkpoint
+from kpo_cli.policy.load import Policy, load_policy
+from kpo_cli.policy.recompute import recompute_layers
+from kpo_cli.runs.checkpoints import Progress, progress_of, resumable_checkpoint
 from kpo_cli.runs.directory import RunDir, check_new, default_run_dir, path_of, run_of
 from kpo_cli.training.assemble import assemble, complete, make_objective, with_engine
 from kpo_cli.training.check import changed_config, check_first_prompt, check_fit, check_there, check_unchanged, value_at
@@ -36,8 +37,7 @@ def _start(config: TrainConfig, run_dir: Path | None, overrides: list[str]) -> N
     config = with_engine(config)
     objective = make_objective(config)
     problems = load_problems(config.data)
-    config, notes = check_fit(config, run_dir)
-    policy = load_policy(config.model)
+    config, policy, notes = _fitting(config, run_dir)
     config = complete(config, policy)
     display = Display(config.trainer.steps)
     job, progress, more_notes = assemble(config, objective, problems, policy, display)
@@ -59,9 +59,8 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         check_there(path, config)
         problems = load_problems(config.data)
         check_unchanged(path, config, problems, run.manifest())
-        config, fit = check_fit(config, path)
-        way = run.manifest().get("way")  # a run of an older kpo has none
-        policy = load_policy(config.model, checkpoint, way and Way.stored(way))
+        way = (checkpoint and progress_of(checkpoint).way) or run.manifest().get("way")  # an older kpo wrote neither
+        config, policy, fit = _fitting(config, path, checkpoint, way and Way.stored(way))
         config = complete(config, policy)
         display = Display(config.trainer.steps)
         job, progress, notes = assemble(config, objective, problems, policy, display, checkpoint)
@@ -77,6 +76,23 @@ def _resume(path: Path, raw: dict[str, Any], overrides: list[str]) -> None:
         if config.rollout.name != before:
             notes.append(f"note: sampling with {config.rollout.name} from here on, with {before} before")
         _run(job, run, progress, display, [*notes, f"resuming after {progress.label}"], None)
+
+
+def _fitting(
+    config: TrainConfig, run_dir: Path | None, checkpoint: Path | None = None, before: Way | None = None
+) -> tuple[TrainConfig, Policy, list[str]]:
+    """The configuration with what was left to memory decided, its policy, and lines on memory and disk.
+
+    What cannot be packed takes more than one would think, which is known when the policy is loaded.
+    """
+    decided, notes = check_fit(config, run_dir)
+    policy = load_policy(decided.model, checkpoint, before)
+    if policy.way.packed:
+        return decided, policy, notes
+    again, notes = check_fit(config, run_dir, policy.way)
+    if again.model.gradient_checkpointing != decided.model.gradient_checkpointing:
+        recompute_layers(policy.model, int(again.model.gradient_checkpointing))
+    return again, policy, notes
 
 
 def _run(

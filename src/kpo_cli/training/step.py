@@ -109,7 +109,7 @@ class Updater:
     correction: MismatchCorrection | None = None
     """Of the objective, once they are not trusted."""
     gap: Gap | None = None
-    """Found by the last update, over its first mini-batch."""
+    """Found by the last update, over whatever the trainer scored before its first optimizer step."""
     reference: Scorer | None = None
     """The policy that a reference KL is taken to."""
     unrounded: Unrounded | None = None
@@ -190,7 +190,8 @@ class Updater:
         log-probability depends on what else is in its micro-batch, by far more than clip widths of 3e-4: old and new
         ones must come from the same micro-batches, and where these had to be made smaller on the way, everything is
         computed again. Once the weights have changed that is too late, hence the rehearsal. All is computed again, too,
-        where the first mini-batch shows that the sampler's log-probabilities are not to be trusted.
+        where the first mini-batch, or another one that was scored, shows that the sampler's log-probabilities are not
+        to be trusted.
         """
         with self._room_for_moments():
             while True:
@@ -200,19 +201,24 @@ class Updater:
                 self._rehearse(batch, parts)
                 old = [known if known is not None else self._old_log_probs(batch, rows) for rows in parts[1:]]
                 learned = self._learn_all(batch, parts[0], None)
-                if self.watched and not self._still_trusted(batch, learned):
+                scored = [] if known is not None else list(zip(parts[1:], old, strict=True))
+                if self.watched and not self._still_trusted(batch, learned, scored):
                     self.distrust()
                 elif self.max_tokens == size or known is not None:
                     return [None, *old], learned
 
-    def _still_trusted(self, batch: Batch, learned: list["Micro"]) -> bool:
-        """Whether nothing is new in how the sampler's log-probabilities compare with those of the first mini-batch.
+    def _still_trusted(self, batch: Batch, learned: list["Micro"], scored: list[tuple[Tensor, Tensor]]) -> bool:
+        """Whether nothing is new in how the sampler's log-probabilities compare with those of the first mini-batch, and
+        with those of `scored` others, rows and (N, T) each.
 
         Raises SamplingFailed where nothing could make up for the difference.
         """
-        masks = [micro.mask for micro in learned]
         said = [batch.rollout_log_probs[micro.rows, : micro.mask.shape[1]][micro.mask] for micro in learned]
-        own = [micro.old_log_probs.cpu()[mask] for micro, mask in zip(learned, masks, strict=True)]
+        own = [micro.old_log_probs.cpu()[micro.mask] for micro in learned]
+        for rows, values in scored:
+            mask = batch.response_mask[rows]
+            said.append(batch.rollout_log_probs[rows][mask])
+            own.append(values[rows][mask])
         self.gap = Gap.of(torch.cat(said), torch.cat(own))
         if not self.gap.mean <= GROSS:
             raise SamplingFailed(
