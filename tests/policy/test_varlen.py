@@ -211,7 +211,7 @@ def test_the_stand_in_is_causal_at_the_bottom_right(window):
 
 
 def test_what_a_kernel_gets_under_autocast_is_16_bits_in_every_segment_of_a_recomputed_layer():
-    """Norms of queries and keys leave float32 behind; sdpa's casts are autocast's, and a kernel has none."""
+    """Norms of queries and keys leave float32; autocast casts for sdpa, and not for a kernel."""
     model, batch, types = packable("qwen3"), ragged_batch(), []
 
     def listening(query, key, value, *lengths, **options):

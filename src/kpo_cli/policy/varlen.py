@@ -90,10 +90,9 @@ class Segments:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
         """See `policy.attention.Rows`."""
-        given, device = (query, key, value), query.device.type
-        dtype = min((tensor.dtype for tensor in given), key=lambda each: each.itemsize)  # norms may leave float32
-        if torch.is_autocast_enabled(device):  # which casts for sdpa, and not for a kernel that it does not know
-            dtype = torch.get_autocast_dtype(device)
+        given = (query, key, value)
+        # Autocast casts for sdpa, and not for a kernel that it does not know: norms of queries and keys leave float32.
+        dtype = min((tensor.dtype for tensor in given), key=lambda each: each.itemsize)
         if self.narrow and dtype.itemsize > 2:
             return self.buckets.attend(query, key, value, window, scaling)
         query, key, value = (tensor.to(dtype).squeeze(0).transpose(0, 1) for tensor in given)
