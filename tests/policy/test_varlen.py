@@ -169,6 +169,17 @@ def test_each_token_is_a_query_once_and_prompts_are_gathered_with_their_rows():
     assert segments.query_ends.dtype == segments.key_ends.dtype == torch.int32
 
 
+def test_responses_to_two_prompts_in_turns():
+    batch = batch_of([(3, [4, 1, 3]), (5, [2, 6])]).rows(torch.tensor([3, 0, 1, 4, 2]))
+    held_to_float64(packable("mistral with a window"), batch)
+
+
+@pytest.mark.parametrize("rows", [([1, 2], [0, 3]), ([0, 2], [0, 1]), ([0, 1], [3, 2])])
+def test_rows_that_do_not_follow_each_other_are_refused(rows):
+    with pytest.raises(ValueError, match="own tokens do not stand behind"):
+        REFERENCE(list(map(torch.tensor, rows)), 4, CPU)
+
+
 def brute_force(q, k, v, queries, keys, window):
     """One query at a time, in float64: a segment's queries are the last of its keys."""
     out, first, base = [], 0, 0

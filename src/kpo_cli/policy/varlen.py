@@ -66,7 +66,8 @@ class Segments:
     ) -> "Segments":
         """Pack `rows`, each the places (L,) of its tokens in order; together they cover 0 to `tokens` - 1.
 
-        What a row brings of its own stands at its end, behind what the rows before it brought.
+        What a row brings of its own stands at its end, behind what the rows before it brought. Raises ValueError where
+        that is not so.
         """
         keys, query_ends, key_ends = [], [0], [0]
         for row in rows:
@@ -75,6 +76,8 @@ class Segments:
                 keys.append(row)
                 query_ends.append(query_ends[-1] + own)
                 key_ends.append(key_ends[-1] + len(row))
+                if not torch.equal(row[-own:], torch.arange(query_ends[-2], query_ends[-1])):
+                    raise ValueError("a row's own tokens do not stand behind those of the rows before it")
         ends = [torch.tensor(each, dtype=torch.int32) for each in (query_ends, key_ends)]
         longest = int(ends[0].diff().max()), int(ends[1].diff().max())
         places, *ends = (tensor.to(device) for tensor in (torch.cat(keys), *ends))
@@ -86,10 +89,7 @@ class Segments:
         return Packing.of(self.rows, int(self.query_ends[-1]), self.places.device)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
-        """Causal attention within the rows: (1, M, heads, size) from `query` (1, heads, M, size).
-
-        With a `window` a token sees itself and the window - 1 tokens before it.
-        """
+        """See `policy.attention.Rows`."""
         given = (query, key, value)
         dtype = min((tensor.dtype for tensor in given), key=lambda each: each.itemsize)  # norms may leave float32
         if self.narrow and dtype.itemsize > 2:
