@@ -216,7 +216,7 @@ def test_a_checkpoint_holds_the_masters_and_opens_anywhere(shape, tmp_path):
         weight += 1e-5
     policy.save(tmp_path)
     masters = {name: full(parameter.detach()) for name, parameter in policy.model.named_parameters()}
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)  # in the type that it names
     named = dict(opened.named_parameters())
     assert list(named) == list(masters)
     assert all(torch.equal(named[name], masters[name]) for name in masters)

@@ -289,7 +289,10 @@ def save_merged(model: Any, folder: Path) -> None:
     for name, tensor in named_weights(model):
         host, place = tensor.float().cpu(), tensor.data_ptr()
         weights[name] = wide.setdefault(place, host) if place in own else host
-    without_adapters(model).save_pretrained(folder, state_dict=weights)
+    below = without_adapters(model)
+    below.save_pretrained(folder, state_dict=weights)
+    below.config.dtype = torch.float32  # what is written, where that above is what is in memory
+    below.config.save_pretrained(folder)
 
 
 def _peft(what: str) -> ModuleType:
