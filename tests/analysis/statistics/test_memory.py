@@ -36,7 +36,7 @@ def covariance(place, size, q, kept):
     return state + np.diag(size)
 
 
-@pytest.mark.parametrize("kept", [0.05, 0.6, 0.97, 1.0])
+@pytest.mark.parametrize("kept", [0.0, 0.05, 0.6, 0.97, 1.0])
 @pytest.mark.parametrize("q", [1e-4, 0.3, 200.0])
 def test_innovations_are_those_of_the_dense_covariance(kept, q):
     """Three blocks of the scan, and gaps: what is not observed makes the state fade all the same."""
@@ -52,18 +52,19 @@ def test_innovations_are_those_of_the_dense_covariance(kept, q):
         assert found[row, place].sum() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("memory", [0.5, 3.0, math.inf])
+@pytest.mark.parametrize("memory", [0.0, 0.5, 3.0, math.inf])
 def test_levels_leave_the_likelihood_of_contrasts(memory):
     """Of every difference between tokens: what is left of a normal vector once its mean may be anything."""
     batch, miss = with_gaps(4)
     states = _States(batch, GAMMA, np.zeros(47))
     log_q, v = np.array([-3.0, 0.5]), 0.7
     squares, logs = states.terms(log_q, memory)
+    kept = math.exp(-1 / memory) if memory else 0.0
     for row, valid in enumerate(batch.mask):
         place = np.flatnonzero(valid)
         contrasts = np.diff(np.eye(len(place)), axis=0)
         for k, q in enumerate(np.exp(log_q)):
-            dense = v * covariance(place, GAMMA(torch.tensor(miss))[row, place].numpy(), q, math.exp(-1 / memory))
+            dense = v * covariance(place, GAMMA(torch.tensor(miss))[row, place].numpy(), q, kept)
             left = stats.multivariate_normal(np.zeros(len(contrasts)), contrasts @ dense @ contrasts.T)
             expected = left.logpdf(contrasts @ batch.log_ratio[row, place])
             found = -0.5 * (states.number[row] * math.log(2 * math.pi * v) + logs[k, row] + squares[k, row] / v)
@@ -97,6 +98,16 @@ def test_a_walk_gains_over_short_memories_and_nothing_over_it():
     assert found["walk_seen"]
     assert not found["fading_seen"]
     assert found["short"] == 10
+
+
+def test_noise_of_a_size_that_the_model_lacks_is_no_memory():
+    """Sure tokens with ten times the noise of their formula now and then: a state that fades at once would fit that."""
+    rng = np.random.default_rng(6)
+    miss = 0.999 * 10 ** rng.uniform(-3, 0, (64, 60))
+    z = rng.normal(size=miss.shape) * (miss**1.5 + 0.02 * (rng.random(miss.shape) < 0.2))
+    found = contest(batch_of(z, old=np.log1p(-miss), prompts=np.arange(64) // 4))
+    assert not found["fading_seen"]
+    assert not found["walk_seen"]
 
 
 def test_one_prompt_tells_nothing():

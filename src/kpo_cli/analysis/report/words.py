@@ -179,7 +179,7 @@ def _drift(noise: dict[str, Any] | None) -> str:
         return (
             f"The past predicts the next log-ratio ({tested}), but what it says fades, by a factor e within about "
             f"{_tokens(memory['tokens'])}, and is no lasting drift: where they were not fitted a state that fades "
-            f"gains {_gain(memory, 'fading')} nats a token over a walk."
+            f"gains {_gain(memory, 'fading')} nats a token over a walk and over independent noise."
         )
     low, high = fit["q_interval"]
     return (

@@ -1,13 +1,14 @@
 """How long what the past says lasts: a random walk against states that fade.
 
 A state of which each token keeps exp(-1/M) fades within M tokens, its memory. Noise that hangs together over a few
-tokens is one of those; a walk never fades. Each is fitted beside a level of each response, which may have any size,
-and a mean of each place, so that neither can pass for a long memory. What is fitted on one half of the prompts is
-judged on the other, both ways: prompts are independent, so the mean gain and its standard error over prompts tell
-whether one predicts better than another.
+tokens is one of those; a walk never fades, and a state without memory is more noise, which a formula of the noise may
+lack. Each is fitted beside a level of each response, which may have any size, and a mean of each place, so that neither
+can pass for a long memory. What is fitted on one half of the prompts is judged on the other, both ways: prompts are
+independent, so the mean gain and its standard error over prompts tell whether one predicts better than another.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +37,10 @@ COARSE, FINE = np.linspace(-24.0, 12.0, 13), np.linspace(-1.0, 1.0, 7)
 def contest(batch: Ratios) -> dict[str, Any] | None:
     """A walk against states that fade, each fitted on one half of the prompts and judged on the other, both ways.
 
-    `fading`: what the most likely state of all gains over a walk, `walk`: what a walk gains over the most likely state
-    of a memory up to `short`; nats a token, with `_error`, the standard error over prompts, and `_seen`, whether the
-    gain is one. `tokens`: the most likely memory of a state that fades. None for a single prompt, and where
-    nothing varies within responses.
+    `fading`: what the most likely state that fades gains over a walk and over one without memory, whichever is more
+    likely; `walk`: what a walk gains over the most likely state of a memory up to `short`, or of none; nats a token,
+    with `_error`, the standard error over prompts, and `_seen`, whether the gain is one. `tokens`: the memory of the
+    state that fades. None for a single prompt, and where nothing varies within responses.
     """
     clusters, length = clusters_of(batch), float(batch.lengths.mean())
     if not clusters.any():
@@ -84,18 +85,19 @@ def _half(fitted: Ratios, judged: Ratios, length: float) -> _Half | None:
     if not (here.varies and there.varies):
         return None
     doubling = [SHORTEST * 2.0**i for i in range(1 + int(math.log2(max(length / SHORTEST, 1))))]
-    points = {memory: here.most_likely(memory) for memory in doubling}
+    points = {memory: here.most_likely(memory) for memory in (0.0, *doubling, math.inf)}
 
-    def best(upto: float) -> float:
-        return min((memory for memory in points if memory <= upto), key=lambda memory: points[memory].deviance)
+    def best(memories: Iterable[float]) -> float:
+        return min(memories, key=lambda memory: points[memory].deviance)
 
-    short, memory = best(max(SHORT * length, SHORTEST)), best(math.inf)
+    memory, rival = best(doubling), best((0.0, math.inf))
+    short = best(m for m in points if m <= max(SHORT * length, SHORTEST))
     for finer in (0.5, 0.25):
-        points |= {m: here.most_likely(m) for m in (memory * 2**-finer, memory * 2**finer)}
-        memory = best(math.inf)
-    points[math.inf] = here.most_likely(math.inf)
-    gained = {m: there.log_likelihood(points[m], m) for m in (best(math.inf), short, math.inf)}
-    return _Half(memory, gained[best(math.inf)] - gained[math.inf], gained[math.inf] - gained[short])
+        near = (memory * 2**-finer, memory * 2**finer)
+        points |= {m: here.most_likely(m) for m in near}
+        memory = best((memory, *near))
+    gained = {m: there.log_likelihood(points[m], m) for m in (memory, rival, short, math.inf)}
+    return _Half(memory, gained[memory] - gained[rival], gained[math.inf] - gained[short])
 
 
 def _spread(batch: Ratios, variance: NDArray[np.float64]) -> float:
@@ -150,7 +152,7 @@ class _States:
 
         The innovations are linear in the log-ratios, so a level c leaves e(z) - c e(1); Harville (1974).
         """
-        copies, kept = len(log_q), math.exp(-1 / memory)
+        copies, kept = len(log_q), math.exp(-1 / memory) if memory else 0.0
         rows = Rows(self.rows.z.repeat(copies, 1), self.rows.mask.repeat(copies, 1), torch.float64)
         q = torch.from_numpy(np.exp(log_q)).repeat_interleave(len(self.rows.mask))[:, None]
         gains, variance = noise.gains_and_variance(rows, self.shape.repeat(copies, 1), q, kept)
