@@ -1,4 +1,4 @@
-r"""Sets of reals by the places where they begin and end: intervals, inequalities, unions, intersections, differences."""
+r"""Sets of reals by the places where they begin and end: intervals, inequalities, and what is made of them."""
 
 import re
 from collections.abc import Callable
