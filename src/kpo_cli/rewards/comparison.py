@@ -330,10 +330,8 @@ class Comparison:
         try:
             same = equality.same_expression(one, two, self._work)
             if not same and ("\\%" in gold) != ("\\%" in answer):
-                parts = [
-                    equality.scaled(n, Fraction(1, 100)) if "\\%" in t else n for n, t in ((one, gold), (two, answer))
-                ]
-                same = equality.same_expression(*parts, self._work)
+                part, whole = (one, two) if "\\%" in gold else (two, one)
+                same = equality.same_expression(equality.scaled(part, Fraction(1, 100)), whole, self._work)
             return same or equality.is_full_precision(gold, one, answer, two, self._work)
         except Undefined:
             self.unread = True
