@@ -8,7 +8,7 @@ from typing import Any
 from kpo_cli.rewards import equality
 from kpo_cli.rewards.algebra import Node, NotRead, number, read, symbols
 from kpo_cli.rewards.evaluate import Undefined
-from kpo_cli.rewards.normalize import matching_brackets
+from kpo_cli.rewards.normalize import matching_brackets, split_top
 from kpo_cli.rewards.numbers import read_number, same_number
 from kpo_cli.rewards.sets import SET_LIKE, SetReader, same_set
 from kpo_cli.rewards.shapes import (
@@ -24,7 +24,6 @@ from kpo_cli.rewards.shapes import (
     is_name,
     read_shape,
     readings,
-    split_top,
     squeeze,
     text_of,
 )
