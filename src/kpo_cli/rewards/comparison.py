@@ -198,8 +198,8 @@ class Comparison:
                 return self._same_collection(gold.parts, answer.parts, ordered=False)
             case Value(), Value():
                 return self._same_value(gold, answer)
-            case (Matrix(), Value()) | (Value(), Matrix()):
-                return self._same_value_text(text_of(gold), text_of(answer))
+            case (Matrix() | Value() as one, Matrix() | Value() as two):
+                return self._same_value_text(text_of(one), text_of(two))
         return False
 
     def _without_name(self, gold: Shape, answer: Shape) -> Shape:
