@@ -38,4 +38,4 @@ def test_answers_labelled_in_advance() -> None:
         if verdict.correct != (label == "=") or verdict.failed
     ]
     assert wrong == []
-    assert len(labelled) > 800
+    assert len(labelled) > 900

@@ -8,7 +8,7 @@ from typing import Any
 from kpo_cli.rewards import equality
 from kpo_cli.rewards.algebra import Node, NotRead, number, read, symbols
 from kpo_cli.rewards.evaluate import Undefined
-from kpo_cli.rewards.normalize import matching_brackets
+from kpo_cli.rewards.normalize import matching_brackets, split_top
 from kpo_cli.rewards.numbers import read_number, same_number
 from kpo_cli.rewards.sets import SET_LIKE, SetReader, same_set
 from kpo_cli.rewards.shapes import (
@@ -24,7 +24,6 @@ from kpo_cli.rewards.shapes import (
     is_name,
     read_shape,
     readings,
-    split_top,
     squeeze,
     text_of,
 )
@@ -103,17 +102,13 @@ class Comparison:
             return None
         gold = (gold[: modulus.start()] if modulus else gold).replace("\\equiv", "=")
         answer = (answer[: other.start()] if other else answer).replace("\\equiv", "=")
-        if not modulus or not other or self._same(gold, answer):
-            return self._same(gold, answer) and (not modulus or not other or modulus[1] == other[1])
-        values = [
-            shape.sides[-1] if isinstance(shape, Relation) else text_of(shape)
-            for shape in map(read_shape, (gold, answer))
-        ]
+        if not modulus or not other:
+            return self._same(gold, answer)
         try:
-            nodes = [read(text) for text in (*values, modulus[1])]
+            one, two, by = (read(text.split("=")[-1]) for text in (gold, answer, modulus[1]))
         except NotRead:
-            return False
-        return modulus[1] == other[1] and equality.congruent(nodes[0], nodes[1], nodes[2], self._work)
+            return modulus[1] == other[1] and self._same(gold, answer)
+        return modulus[1] == other[1] and equality.congruent(one, two, by, self._work)
 
     def _same_family(self, gold: str, answer: str) -> bool | None:
         r"""`x=\frac{\pi}{4}+k\pi, k\in\mathbb{Z}`, with any name for the integer and any member to start from."""
@@ -203,8 +198,8 @@ class Comparison:
                 return self._same_collection(gold.parts, answer.parts, ordered=False)
             case Value(), Value():
                 return self._same_value(gold, answer)
-            case (Matrix(), Value()) | (Value(), Matrix()):
-                return self._same_value_text(text_of(gold), text_of(answer))
+            case (Matrix() | Value() as one, Matrix() | Value() as two):
+                return self._same_value_text(text_of(one), text_of(two))
         return False
 
     def _without_name(self, gold: Shape, answer: Shape) -> Shape:
@@ -232,11 +227,6 @@ class Comparison:
 
     def _same_relation(self, gold: Relation, answer: Relation) -> bool:
         """Relations side by side, from either end, and then as whole statements."""
-        flipped = [answer, *([f] if (f := _flip(answer)) else [])]
-        if any(
-            gold.signs == o.signs and list(map(squeeze, gold.sides)) == list(map(squeeze, o.sides)) for o in flipped
-        ):
-            return True
         if is_assignment(gold) and is_assignment(answer):
             gold, answer = _same_arguments(gold, answer)
             if squeeze(gold.sides[0]) == squeeze(answer.sides[0]):
@@ -245,9 +235,9 @@ class Comparison:
         if len(gold.sides) == 2 and len(answer.sides) == 2:
             return self._same_statement(gold, answer)
         return any(
-            o.signs == gold.signs
-            and all(self._same_value_text(one, two) for one, two in zip(gold.sides, o.sides, strict=True))
-            for o in flipped
+            o.signs == gold.signs and all(map(self._same_value_text, gold.sides, o.sides))
+            for o in (answer, _flip(answer))
+            if o
         )
 
     def _same_statement(self, gold: Relation, answer: Relation) -> bool:
@@ -322,17 +312,9 @@ class Comparison:
             return False
 
     def _same_ratio(self, gold: list[str], answer: list[str]) -> bool:
-        """Ratios by cross-multiplication: `2:3` is `4:6`, and also two thirds."""
-        if len(gold) == 2 and len(answer) == 1:
-            return self._same_value_text(f"({gold[0]})/({gold[1]})", answer[0])
-        if len(gold) == 1 and len(answer) == 2:
-            return self._same_value_text(gold[0], f"({answer[0]})/({answer[1]})")
-        if len(gold) != len(answer):
-            return False
-        return all(
-            self._same_value_text(f"({gold[0]})/({g})", f"({answer[0]})/({a})")
-            for g, a in zip(gold[1:], answer[1:], strict=True)
-        )
+        """Ratios by the quotients of their terms and the first: `2:3` is `4:6`, and also two thirds."""
+        one, two = ([f"({terms[0]})/({term})" for term in terms[1:]] or terms for terms in (gold, answer))
+        return len(one) == len(two) and all(map(self._same_value_text, one, two))
 
     def _same_value_text(self, gold: str, answer: str) -> bool:
         """True if two expressions are the same number or the same function of their unknowns."""

@@ -350,12 +350,13 @@ def peel_brackets(text: str) -> str:
             end -= 1
     inner = text[start:end]
     # A comma inside means that the last parentheses taken off make a tuple or an interval of it.
-    if start and has_top_level_comma(inner) and text.rfind("(", 0, start) >= 0:
+    if start and split_top(inner, COMMA)[1] and text.rfind("(", 0, start) >= 0:
         return "(" + inner + ")"
     return inner
 
 
 _SEPARATORS = f",;{AND}{OR}"
+COMMA = re.compile(f"[{_SEPARATORS}]")
 _OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 _BRACKET = re.compile(r"\\[{}]|\\.|[()\[\]{}]|\\begin|\\end")
 
@@ -376,15 +377,24 @@ def matching_brackets(text: str) -> dict[int, int]:
     return pairs
 
 
-def has_top_level_comma(text: str) -> bool:
-    """True if a comma or semicolon stands outside all brackets."""
-    depth = 0
-    for token in re.finditer(rf"\\[{{}}]|\\.|[()\[\]{{}}{_SEPARATORS}]", text):
-        kind = token.group()
-        if kind in ("(", "[", "{", "\\{"):
-            depth += 1
-        elif kind in (")", "]", "}", "\\}"):
-            depth -= 1
-        elif kind in _SEPARATORS and depth == 0:
-            return True
-    return False
+def split_top(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
+    """The parts of a text between separators that stand outside all brackets, and those separators."""
+    if not separator.search(text):
+        return [text.strip()], []
+    pairs = matching_brackets(text)
+    parts: list[str] = []
+    found: list[str] = []
+    start = position = 0
+    tokens = re.compile(rf"(?P<sep>{separator.pattern})|\\begin.*\\end\{{[a-zA-Z]*\}}|\\.|.", re.DOTALL)
+    while position < len(text):
+        if position in pairs:
+            position = pairs[position] + 1
+            continue
+        token = tokens.match(text, position)
+        assert token is not None
+        if token["sep"] is not None:
+            parts.append(text[start:position].strip())
+            found.append(token["sep"].strip())
+            start = token.end()
+        position = token.end()
+    return [*parts, text[start:].strip()], found

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-from kpo_cli.rewards.normalize import peel_brackets
-from kpo_cli.rewards.shapes import COMMA, CUP, FLIPPED, SIGN, Group, expand_signs, is_name, read_shape, split_top
+from kpo_cli.rewards.normalize import COMMA, peel_brackets, split_top
+from kpo_cli.rewards.shapes import CUP, FLIPPED, SIGN, Group, expand_signs, is_name, read_shape
 from kpo_cli.rewards.words import AND, OR
 
 SET_LIKE = re.compile(r"\\(?:cup|cap|setminus|le|ge|ne|mathbb)(?![A-Za-z])|[<>]")

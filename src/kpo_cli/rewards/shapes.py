@@ -3,7 +3,7 @@ r"""The shape of an answer: lists, tuples, matrices, relations, single values. O
 import re
 from dataclasses import dataclass
 
-from kpo_cli.rewards.normalize import has_top_level_comma, matching_brackets, peel_brackets
+from kpo_cli.rewards.normalize import COMMA, matching_brackets, peel_brackets, split_top
 from kpo_cli.rewards.units import Unit, split_unit
 from kpo_cli.rewards.words import AND, OR, is_remark
 
@@ -85,35 +85,12 @@ def readings(text: str) -> list[Shape]:
     return [shape]
 
 
-def split_top(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
-    """The parts of a text between separators that stand outside all brackets, and those separators."""
-    if not separator.search(text):
-        return [text.strip()], []
-    pairs = matching_brackets(text)
-    parts: list[str] = []
-    found: list[str] = []
-    start = position = 0
-    tokens = re.compile(rf"(?P<sep>{separator.pattern})|\\begin.*\\end\{{[a-zA-Z]*\}}|\\.|.", re.DOTALL)
-    while position < len(text):
-        if position in pairs:
-            position = pairs[position] + 1
-            continue
-        token = tokens.match(text, position)
-        assert token is not None
-        if token["sep"] is not None:
-            parts.append(text[start:position].strip())
-            found.append(token["sep"].strip())
-            start = token.end()
-        position = token.end()
-    return [*parts, text[start:].strip()], found
-
-
 # "x=1 y=2" and "x=1 \text{ so } y=2" are two equations and no chain.
 _TWO_EQUATIONS = re.compile(
     r"(?:(?P<value>=\s*[+-]?(?:[\d./]+|\\frac\{\d+\}\{\d+\})) |(?<=[^\s,(])\s*\\text\{[^{}]*\}\s*)"
     r"(?=[A-Za-z](?:_\{\w+\})?\s*=)"
 )
-COMMA, _SEMICOLON = re.compile(f"[,;{AND}{OR}]"), re.compile(";")
+_SEMICOLON = re.compile(";")
 SIGN = re.compile(r"\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[=<>]")
 CUP = re.compile(r"\\cup(?![A-Za-z])")
 COLON = re.compile(":")
@@ -130,7 +107,7 @@ def read_shape(text: str) -> Shape:
         return _read_matrix(matrix[2])
     if "=" in text:
         text = _TWO_EQUATIONS.sub(r"\g<value>,", text)
-    if has_top_level_comma(text):
+    if split_top(text, COMMA)[1]:
         return _read_list(text)
     sides, signs = split_top(text, SIGN)
     if signs:
@@ -175,7 +152,7 @@ def _read_list(text: str) -> Shape:
     """A bare list. Semicolons bind less than commas, and "p=5, q=2; p=7, q=2" lists two tuples."""
     outer, semicolons = split_top(text, _SEMICOLON)
     outer = [part for part in outer if part]
-    if semicolons and any(has_top_level_comma(part) for part in outer):
+    if semicolons and any(split_top(part, COMMA)[1] for part in outer):
         return Group("", "", tuple("(" + ",".join(_values_of(part)) + ")" for part in outer))
     items = [item for part in split_top(text, COMMA)[0] for item in expand_signs(part) if item]
     return Group("", "", tuple(items)) if len(items) > 1 else Value(text)
@@ -248,19 +225,8 @@ def is_assignment(relation: Relation) -> bool:
     return set(relation.signs) == {"="} and is_name(relation.sides[0])
 
 
-def text_of(shape: Shape) -> str:
-    """A shape as LaTeX again."""
-    match shape:
-        case Value():
-            return shape.text
-        case Union():
-            return "\\cup ".join(shape.parts)
-        case Matrix():
-            body = " \\cr ".join(" & ".join(row) for row in shape.rows)
-            return "\\begin{pmatrix}" + body + "\\end{pmatrix}"
-        case Group():
-            opened, closed = (shape.opened, shape.closed) if shape.opened else ("\\{", "\\}")
-            return opened + ",".join(shape.items) + closed
-        case Relation():
-            signs = [*shape.signs, ""]
-            return " ".join(f"{side} {sign}" for side, sign in zip(shape.sides, signs, strict=True))
+def text_of(shape: Value | Matrix) -> str:
+    """A value or a matrix as LaTeX again."""
+    if isinstance(shape, Value):
+        return shape.text
+    return "\\begin{pmatrix}" + " \\cr ".join(" & ".join(row) for row in shape.rows) + "\\end{pmatrix}"
