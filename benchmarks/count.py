@@ -35,7 +35,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial, wraps
 from math import prod
 from typing import Any
@@ -337,19 +337,20 @@ class Row:
 
 
 NONE = frozenset[Any]()
-ROWS = (
-    *(Row(half, kept=kept) for half in (True, False) for kept in (NONE, None)),
-    *(Row(False, True, kept, head) for head in (False, True) for kept in (NONE, None)),
+ROWS = tuple(
+    Row(half, fused, kept) for half, fused in ((True, False), (False, False), (False, True)) for kept in (NONE, None)
 )
 
 
 def count_whole(name: str, batch: Batch, row: Row) -> Count:
     one, two = (count_pass(qwen3(name, layers), batch, row) for layers in (1, 2))
-    whole = one.with_layers(SHAPES[name].layers, two)
-    if row.fused_head:
-        head = whole.parts["head: element-wise"] = Tally()
-        head.add(0, 10 * SHAPES[name].vocabulary * int(batch.response_mask.sum()), FLOAT32)
-    return whole
+    return one.with_layers(SHAPES[name].layers, two)
+
+
+def with_fused_head(count: Count, logits: int) -> Count:
+    head = Tally()
+    head.add(0, 10 * logits, FLOAT32)
+    return Count(count.parts | {"head: element-wise": head})
 
 
 def autocast(enabled: bool) -> Any:
@@ -388,6 +389,9 @@ def step(job: Job, ledger: Ledger) -> None:
 def time_table(name: str, batch: Batch) -> None:
     """Milliseconds of each part in every row."""
     counts, flops = {row: count_whole(name, batch, row) for row in ROWS}, model_flops(SHAPES[name], batch)
+    logits = SHAPES[name].vocabulary * int(batch.response_mask.sum())
+    fused = {row: count for row, count in counts.items() if row.fused}
+    counts |= {replace(row, fused_head=True): with_fused_head(count, logits) for row, count in fused.items()}
     print(f"\n| {name}, ms | {' | '.join(map(str, counts))} |")
     print(f"|---|{'---|' * len(counts)}")
     for part in PARTS:
