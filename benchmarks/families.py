@@ -53,7 +53,7 @@ UNNAMED = re.compile(r"check that it is a causal language model|^rollout\.")
 """Refusals that name nothing, or a setting of the run that is no reason."""
 TELLING = re.compile(r"padded|sampl|attention|micro-batch|experts")
 """Notes of a run that say how it computes."""
-TOLD = re.compile(r"sampl.* (other log-probabilities|log-probabilities differ)")
+TOLD = re.compile(r"^warning: .*sampl.* (other log-probabilities|log-probabilities differ)")
 """The one that says that the sampler's log-probabilities are not the trainer's."""
 
 
