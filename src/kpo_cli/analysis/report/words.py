@@ -177,9 +177,9 @@ def _drift(noise: dict[str, Any] | None) -> str:
     memory = noise["memory"]
     if fit["verdict"] == "fades":
         return (
-            f"The past predicts the next log-ratio ({tested}), but what it says fades, by a factor e within about "
-            f"{_tokens(memory['tokens'])}, and is no lasting drift: where they were not fitted a state that fades "
-            f"gains {_gain(memory, 'fading')} nats a token over a walk and over independent noise."
+            f"The past predicts the next log-ratio ({tested}), but no drift that lasts is seen: where they were not "
+            f"fitted a state that fades, by a factor e within about {_tokens(memory['tokens'])}, gains "
+            f"{_gain(memory, 'fading')} nats a token over a walk and over independent noise."
         )
     low, high = fit["q_interval"]
     return (

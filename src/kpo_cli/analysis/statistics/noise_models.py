@@ -78,14 +78,18 @@ def _verdict(
     }
     if memory and memory["fading_seen"] and not any(unordered.values()):
         return {"verdict": "fades", "against": [], "p_values": p}
-    against = {
+    unlikely = {
         "the likelihood is highest without one": fit["on_floor"],
         "how large it is cannot be told": not fit["on_floor"] and fit["q_interval"] is None,
         "it does not predict what was not fitted": walk.get("gain_of_walk", 1.0) <= 0,
+    }
+    rivalled = {
         "there are too few prompts to tell it from order over a few tokens": memory is None,
         "it predicts what was not fitted no better than order over a few tokens": memory and not memory["walk_seen"],
     }
-    reasons = [reason for reason, holds in (unordered if any(unordered.values()) else against).items() if holds]
+    # The first kind of reason that there is: where there is no order, likelihoods are beside the point.
+    said = ([reason for reason, holds in kind.items() if holds] for kind in (unordered, unlikely, rivalled))
+    reasons = next((reasons for reasons in said if reasons), [])
     return {"verdict": "not determined" if reasons else "drift", "against": reasons, "p_values": p}
 
 
