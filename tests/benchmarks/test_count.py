@@ -16,7 +16,7 @@ sys.path.append(str(REPOSITORY / "benchmarks"))  # at the end: its names are pla
 
 import count as counting
 import memory
-from count import NONE, Ledger, Row, count_pass, fused_bytes, moved
+from count import NONE, OWN_FORMULAS, Ledger, Row, count_pass, fused_bytes, moved
 
 from kpo_cli.core import load_objective
 from kpo_cli.policy.attention import NAME
@@ -59,7 +59,11 @@ def test_fake_tensors_count_as_real_ones_do(batch: Batch, half: bool) -> None:
         job.run()
     model = Qwen3ForCausalLM(config()).eval()
     model.set_attn_implementation(NAME)
-    with memory._without_numbers(pack(batch, CPU)), FlopCounterMode(display=False) as torchs, ledger_of(model) as real:
+    with (
+        memory._without_numbers(pack(batch, CPU)),
+        FlopCounterMode(display=False, custom_mapping=OWN_FORMULAS) as torchs,
+        ledger_of(model) as real,
+    ):
         memory._pass(Scorer(model, 1.0, half, packed=True), load_objective("grpo"), batch)
     assert fake.count == real.count
     assert sum(part.flops for part in real.count.parts.values()) == torchs.get_total_flops()
