@@ -51,7 +51,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 from transformers import PretrainedConfig
 
 from kpo_cli.core import log_probs
@@ -100,21 +100,26 @@ def _pairs(query: Any, key: Any, causal: bool) -> int:
     return rows * heads * (length * (length + 1) // 2 if causal else length * others)
 
 
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
 def _attention_flops(query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **_: Any) -> int:
     return 2 * _pairs(query, key, causal) * (query[3] + value[3])
 
 
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def _attention_backward_flops(
     grad: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, *rest: Any, **_: Any
 ) -> int:
     return 2 * _pairs(query, key, rest[1]) * (3 * query[3] + 2 * value[3])
 
 
-@register_flop_formula(aten.addmm_)
 def _in_place_flops(total: Any, a: Any, b: Any, **_: Any) -> int:
     return 2 * prod(a) * b[1]
+
+
+OWN_FORMULAS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    aten.addmm_: _in_place_flops,
+}
+FORMULAS = flop_registry | {operation: shape_wrapper(formula) for operation, formula in OWN_FORMULAS.items()}
 
 
 @dataclass
@@ -170,7 +175,7 @@ class Ledger(TorchDispatchMode):
         part = self._part(operation, args)
         if function.namespace == "prim" or (self.fusing and operation not in PRODUCTS):
             return out  # a question about a tensor, or counted as a kernel of its graph
-        flops = flop_registry[operation](*args, **kwargs, out_val=out) if operation in flop_registry else 0
+        flops = FORMULAS[operation](*args, **kwargs, out_val=out) if operation in FORMULAS else 0
         narrow = any(isinstance(t, Tensor) and t.dtype == torch.bfloat16 for t in args)
         self.count.parts[part].add(flops, moved(function, args, kwargs, out), BFLOAT16 if narrow else FLOAT32)
         return out
@@ -440,10 +445,13 @@ def keeping(job: Job, operations: Any) -> Iterator[None]:
 
 
 def saved_bytes(config: PretrainedConfig, batch: Batch, cast: bool, operations: Any) -> int:
-    """All that lives between forward and backward pass."""
+    """What lives between forward and backward pass beside the weights; autocast's copies of them are a part of it."""
     weights, found = torch.float32 if cast else torch.bfloat16, []
     with on_fake_tensors(config, batch, weights=weights) as job, Peak() as peak, keeping(job, operations):
-        forward_only = mock.patch.object(Tensor, "backward", lambda _: found.append(peak.now))  # noqa: PT008
+        for parameter in job.model.parameters():
+            peak.add(parameter)
+        before = peak.now
+        forward_only = mock.patch.object(Tensor, "backward", lambda _: found.append(peak.now - before))  # noqa: PT008
         with forward_only, autocast(cast):
             job.run()
     return found[0]

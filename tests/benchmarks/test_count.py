@@ -16,7 +16,7 @@ sys.path.append(str(REPOSITORY / "benchmarks"))  # at the end: its names are pla
 
 import count as counting
 import memory
-from count import NONE, Ledger, Row, count_pass, fused_bytes, moved
+from count import NONE, OWN_FORMULAS, Ledger, Row, count_pass, fused_bytes, moved
 
 from kpo_cli.core import load_objective
 from kpo_cli.policy.attention import NAME
@@ -60,7 +60,7 @@ def test_fake_tensors_count_as_real_ones_do(batch: Batch, half: bool) -> None:
         job.run()
     model = Qwen3ForCausalLM(config()).eval()
     model.set_attn_implementation(NAME)
-    counted, cast = FlopCounterMode(display=False), counting.autocast(half)
+    counted, cast = FlopCounterMode(display=False, custom_mapping=OWN_FORMULAS), counting.autocast(half)
     with memory._without_numbers(pack(batch, CPU)), counted as torchs, ledger_of(model) as real, cast:
         memory._pass(Scorer(model, 1.0, packed=True), load_objective("grpo"), batch)
     assert fake.count == real.count

@@ -160,7 +160,8 @@ def test_the_engine_sleeps_while_the_trainer_scores_at_the_start(monkeypatch):
 def test_an_evaluations_engine_leaves_room_for_its_check(monkeypatch):
     model = load_policy(train_config(compose()).model).model
     on_gpu = SimpleNamespace(device=torch.device("cuda"), config=model.config)
-    policy = SimpleNamespace(dtype="bfloat16", half=True, stop_ids=[1], model=on_gpu)
+    way = SimpleNamespace(attention="kpo")
+    policy = SimpleNamespace(dtype="bfloat16", half=True, stop_ids=[1], model=on_gpu, way=way)
     prompts = {"b": [SimpleNamespace(token_ids=[1] * length) for length in (3, 70, 9)]}
     config = SimpleNamespace(eval=SimpleNamespace(rollout="vllm", longest=500, engine=None), seed=0)
     given = {}

@@ -67,7 +67,8 @@ def test_every_metric_is_defined_in_the_docs(whole, tmp_path):
         "rollout.correction=truncate",
         "filter=kalman_hetero_fitted",
     )
-    elsewhere = {"sampler_distrusted", "filter_constant"}  # test_watch.py, test_options.py
+    rounding = {"log_ratio_rounding", "filtered_log_ratio_rounding", "clip_fraction_rounding"}
+    elsewhere = {"sampler_distrusted", "filter_constant", *rounding}  # test_watch.py, test_options.py, test_exact.py
     assert {key for row in metrics(everything, timings=True) for key in row} - always == options - elsewhere
 
 
