@@ -280,9 +280,9 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, monke
     def interrupted(job, *arguments):
         step = job.updater.update
 
-        def update(*batch):
+        def update(*batch, **how):
             os.kill(os.getpid(), signal.SIGINT)
-            return step(*batch)
+            return step(*batch, **how)
 
         object.__setattr__(job.updater, "update", update)
         original(job, *arguments)
