@@ -280,9 +280,9 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(whole, tmp_path, monke
     def interrupted(job, *arguments):
         step = job.updater.update
 
-        def update(*batch, **how):
+        def update(*batch):
             os.kill(os.getpid(), signal.SIGINT)
-            return step(*batch, **how)
+            return step(*batch)
 
         object.__setattr__(job.updater, "update", update)
         original(job, *arguments)

@@ -149,7 +149,8 @@ def _step(job: Training, progress: Progress, display: Display) -> tuple[dict[str
             parameters["lr"] = lr
         before, trusted = job.updater.max_tokens, job.updater.trusted
         recorded = _recorded(step, config.ratios_every)
-        record = job.updater.update(batch, for_record=recorded, measured=recorded or step == 1)
+        measured = recorded or step == 1
+        record = job.updater.update(batch, recorded, measured)
         filter_metrics = _refit(job, progress, batch, record, display)
     if job.updater.max_tokens < before:
         progress.max_tokens = job.updater.max_tokens
