@@ -138,14 +138,15 @@ def test_the_reference_goes_the_way_of_the_policy():
 def test_a_model_that_pads_says_what_it_costs():
     shape = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 
-    def scored(config):
+    def told(config):
         model = AutoModelForCausalLM.from_config(config).eval()
-        return assemble._scorer(SimpleNamespace(model=model, dtype="float32", way=choose_way(model)), 1.0)
+        way = choose_way(model)
+        return way, assemble._padding(SimpleNamespace(model=model, way=way))
 
-    scorer, lines = scored(LlamaConfig(**shape))
-    assert scorer.packed
+    way, lines = told(LlamaConfig(**shape))
+    assert way.packed
     assert lines == []
-    scorer, (line,) = scored(GraniteConfig(**shape, logits_scaling=3.0))
-    assert not scorer.packed
+    way, (line,) = told(GraniteConfig(**shape, logits_scaling=3.0))
+    assert not way.packed
     assert line.startswith("warning: this model's forward passes are padded, not packed (log-probabilities differ by ")
     assert line.endswith("1,024 tokens hold at least 0.031 GiB of logits of the vocabulary of 4,096")
