@@ -10,16 +10,13 @@ from functools import cache, partial
 import pytest
 import torch
 from small_runs import model_config
-from test_scorer import PACKED, ragged_batch, tiny
+from test_scorer import ragged_batch
+from test_sharding import model_of
 from varlen_reference import varlen_reference
 
-from kpo_cli.config import LoraConfig
 from kpo_cli.core import load_objective
 from kpo_cli.policy.batch import make_batch
-from kpo_cli.policy.fidelity import choose_way
 from kpo_cli.policy.load import load_policy, narrow
-from kpo_cli.policy.lora import add_adapters
-from kpo_cli.policy.recompute import recompute_layers
 from kpo_cli.policy.scorer import Scorer
 from kpo_cli.policy.sharding import full, trained_weights
 from kpo_cli.policy.threads import Workers
@@ -42,16 +39,7 @@ def still(scorer, workers=1, lr=0.0):
 
 
 def scorer_of(name, half, packed, lora=False, checkpointing=False):
-    model = tiny(PACKED[name])
-    if lora:
-        add_adapters(model, LoraConfig(4, None, "all-linear", False))
-        draw = torch.Generator().manual_seed(1)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data.normal_(0, 0.1, generator=draw)
-    if checkpointing:
-        assert recompute_layers(model)
-    assert not packed or choose_way(model).packed
+    model = model_of(name, packed=packed, lora=lora, recompute=checkpointing)
     if half:
         narrow(model, torch.bfloat16)
     return Scorer(model, 0.8, half, packed)
